@@ -1,0 +1,112 @@
+"""The picture of the manifold, pixel by pixel, and how it is written."""
+
+import matplotlib
+import matplotlib.image
+import numpy as np
+import pytest
+from conftest import built
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+import vae_mnist
+
+
+class Ramp:
+    """A decoder whose image of z is known: its top half shows z[0], its bottom half z[1]."""
+
+    def decode(self, z, sess):
+        images = np.zeros((len(z), 28, 28), np.float32)
+        images[:, :14] = (z[:, 0, None, None] + 2) / 4
+        images[:, 14:] = (z[:, 1, None, None] + 2) / 4
+        return images
+
+
+class Noise:
+    """A decoder of images in which any smoothing or shift would show."""
+
+    def decode(self, z, sess):
+        return np.random.default_rng(0).random((len(z), 28, 28)).astype(np.float32)
+
+
+def test_manifold_has_z0_to_the_right_and_z1_upwards(tmp_path):
+    figure = vae_mnist.display_manifold(Ramp(), None, tmp_path / "latent.png")
+    assert figure.shape == (840, 840)
+    grid = np.linspace(0, 1, 30)
+    np.testing.assert_allclose(figure[0::28, :][:, ::28], np.tile(grid, (30, 1)), atol=1e-6)
+    np.testing.assert_allclose(figure[27::28, :][:, ::28], np.tile(grid[::-1, None], 30), atol=1e-6)
+
+
+def test_each_decoded_pixel_is_one_pixel_of_the_file(tmp_path):
+    figure = vae_mnist.display_manifold(Noise(), None, tmp_path / "latent.png")
+    png = matplotlib.image.imread(tmp_path / "latent.png")[..., :3]
+    assert np.array_equal(png[..., 0], png[..., 1]) and np.array_equal(png[..., 0], png[..., 2])
+    expected = matplotlib.colormaps["Greys_r"](figure, bytes=True)[..., 0]
+    grey = np.rint(png[..., 0] * 255).astype(np.uint8)
+    rows, columns = (n - 840 for n in grey.shape)
+    places = [
+        (i, j)
+        for i in range(rows + 1)
+        for j in range(columns + 1)
+        if np.array_equal(grey[i : i + 840, j : j + 840], expected)
+    ]
+    assert len(places) == 1
+
+
+def test_picture_of_a_model_is_what_it_decodes_one_by_one(tmp_path):
+    with built() as (model, sess):
+        figure = vae_mnist.display_manifold(model, sess, tmp_path / "latent.png")
+        grid = np.linspace(-2, 2, 30)
+        for row, column in [(0, 0), (0, 29), (29, 0), (11, 17)]:
+            image = model.decode([[grid[column], grid[29 - row]]], sess)[0]
+            tile = figure[28 * row : 28 * row + 28, 28 * column : 28 * column + 28]
+            np.testing.assert_allclose(tile, image, atol=1e-6)
+
+
+def test_tick_labels_do_not_run_into_each_other(tmp_path, monkeypatch):
+    figures = []
+    real = matplotlib.figure.Figure
+
+    def figure(**how):
+        figures.append(real(**how))
+        return figures[-1]
+
+    monkeypatch.setattr(matplotlib.figure, "Figure", figure)
+    vae_mnist.display_manifold(Ramp(), None, tmp_path / "latent.png")
+    axes = figures[0].axes[0]
+    renderer = FigureCanvasAgg(figures[0]).get_renderer()
+    for axis in (axes.xaxis, axes.yaxis):
+        boxes = [t.get_window_extent(renderer) for t in axis.get_ticklabels() if t.get_text()]
+        boxes += [axis.label.get_window_extent(renderer)]
+        assert len(boxes) > 5
+        assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+        assert all(figures[0].bbox.containsx(e) for b in boxes for e in (b.x0, b.x1))
+        assert all(figures[0].bbox.containsy(e) for b in boxes for e in (b.y0, b.y1))
+    # Where the label says, the picture shows that coordinate.
+    for tick, label in zip(axes.get_xticks(), axes.get_xticklabels()):
+        column = (tick - 13.5) / 28
+        assert float(label.get_text()) == pytest.approx(-2 + 4 * column / 29)
+    for tick, label in zip(axes.get_yticks(), axes.get_yticklabels()):
+        row = (tick - 13.5) / 28
+        assert float(label.get_text()) == pytest.approx(2 - 4 * row / 29)
+
+
+def test_failure_while_drawing_leaves_the_older_picture(tmp_path, monkeypatch):
+    path = tmp_path / "latent.png"
+    path.write_bytes(b"older")
+
+    def savefig(self, file, **how):
+        file.write(b"half a picture")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", savefig)
+    with pytest.raises(OSError):
+        vae_mnist.display_manifold(Ramp(), None, path)
+    assert path.read_bytes() == b"older" and list(tmp_path.iterdir()) == [path]
+
+
+def test_show_without_a_display_still_writes_the_file(tmp_path, monkeypatch, recwarn):
+    monkeypatch.setattr(matplotlib, "use", None)
+    shown = vae_mnist.display_manifold(Ramp(), None, tmp_path / "a.png", show=True)
+    assert not [w for w in recwarn if "non-interactive" in str(w.message)]
+    vae_mnist.display_manifold(Ramp(), None, tmp_path / "b.png")
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    assert shown.shape == (840, 840)

@@ -1,0 +1,137 @@
+"""The program as its user meets it: real runs on the real data, wrong options, the live line."""
+
+import os
+import pty
+import re
+import subprocess
+import sys
+
+import matplotlib.image
+import pytest
+from conftest import ROOT, SMALL_RUN, program, run_program
+
+import vae_mnist
+
+
+def test_same_seed_gives_the_same_log_and_picture(tmp_path):
+    first = run_program(*SMALL_RUN, "--output-dir", tmp_path / "a" / "b")
+    second = run_program(*SMALL_RUN, "--output-dir", tmp_path / "c")
+    other = run_program(*SMALL_RUN, "--output-dir", tmp_path / "d", "--seed", 1)
+    assert first.returncode == second.returncode == other.returncode == 0, first.stderr
+    lines = first.stdout.splitlines()
+    number = r"\d+\.\d{6}"
+    for i, line in zip((0, 2), lines):
+        assert re.fullmatch(rf"Iteration {i}: KLD = {number}, RecLoss = {number}", line)
+    assert len(lines) == 3 and str(tmp_path / "a" / "b" / "latent.png") in lines[2]
+    assert second.stdout.splitlines()[:2] == lines[:2] != other.stdout.splitlines()[:2]
+    assert "iterations/s" not in first.stderr
+    pictures = [(tmp_path / d / "latent.png").read_bytes() for d in ("a/b", "c", "d")]
+    assert pictures[0] == pictures[1] != pictures[2]
+    assert matplotlib.image.imread(tmp_path / "c" / "latent.png").shape[0] > 840
+
+
+def test_losses_fall(tmp_path, capsys):
+    assert (
+        vae_mnist.main(["--iterations", "61", "--log-every", "20", "--output-dir", str(tmp_path)])
+        == 0
+    )
+    losses = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()[:4]]
+    assert 540 < losses[0] < 546  # 784 log 2 = 543.4: a coin's toss for every pixel
+    assert losses[-1] < 230
+
+
+def test_live_line_is_there_on_a_terminal_only(tmp_path):
+    ours, theirs = pty.openpty()
+    arguments = ["--iterations", 150, "--output-dir", tmp_path]
+    with subprocess.Popen(program(*arguments), stdout=subprocess.PIPE, stderr=theirs) as process:
+        os.close(theirs)
+        shown = b""
+        try:
+            while part := os.read(ours, 4096):
+                shown += part
+        except OSError:
+            pass  # how Linux says that the other end was closed
+        out = process.stdout.read().decode()
+    os.close(ours)
+    assert process.returncode == 0
+    assert re.search(rb"\d+%, \d+ iterations/s, \d+ s left", shown)
+    assert shown.endswith(b"\r\x1b[K")  # nothing of it is left behind
+    assert [line.split(":")[0] for line in out.splitlines()[:2]] == ["Iteration 0", "Iteration 100"]
+
+
+BAD_OPTIONS = [
+    ("--iterations", "0", "from 1"),
+    ("--iterations", "-3", "from 1"),
+    ("--iterations", "2.5", "whole number"),
+    ("--iterations", "many", "whole number"),
+    ("--iterations", "99999999999999999999", "whole number"),
+    ("--batch-size", "0", "from 1"),
+    ("--batch-size", "²", "whole number"),
+    ("--log-every", "0", "from 1"),
+    ("--seed", "-1", "from 0"),
+    ("--learning-rate", "nan", "above 0"),
+    ("--learning-rate", "inf", "above 0"),
+    ("--learning-rate", "0", "above 0"),
+    ("--learning-rate", "-0.1", "above 0"),
+    ("--learning-rate", "1e-60", "above 0"),
+    ("--learning-rate", "fast", "above 0"),
+]
+
+
+@pytest.mark.parametrize(("option", "value", "expected"), BAD_OPTIONS)
+def test_wrong_option_is_refused_in_one_line(option, value, expected, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        vae_mnist.main([option + "=" + value, "--output-dir", str(tmp_path / "out")])
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and not out and err.count("\n") == 1
+    assert option in err and expected in err and repr(value) in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_unknown_option_and_stray_argument_are_refused_in_one_line(capsys):
+    for argv in (["--epochs", "3"], ["data.npz"], ["--data"]):
+        with pytest.raises(SystemExit) as stop:
+            vae_mnist.main(argv)
+        assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_output_directory_that_cannot_be_used_is_refused_in_one_line(tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    for path in (tmp_path / "file", tmp_path / "file" / "below", "/proc/version/x", "/proc/1"):
+        with pytest.raises(SystemExit) as stop:
+            vae_mnist.main(["--output-dir", str(path)])
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and err.count("\n") == 1 and str(path) in err
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_real_process_says_what_is_wrong_in_one_line(tmp_path):
+    process = run_program("--data", "no-such.npz", cwd=tmp_path)
+    assert process.returncode == 2 and not process.stdout
+    assert process.stderr == "vae_mnist.py: error: no-such.npz: No such file or directory\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_gives_every_option_and_its_default():
+    text = " ".join(run_program("--help").stdout.split())
+    for option, default in [
+        ("--data FILE", "data/mnist.npz"),
+        ("--output-dir DIR", "outputs"),
+        ("--iterations N", "5000"),
+        ("--batch-size N", "256"),
+        ("--learning-rate R", "0.001"),
+        ("--seed N", "0"),
+        ("--log-every N", "100"),
+        ("--show", "False"),
+    ]:
+        assert re.search(rf"{option} [^()]*\(default: {default}\)", text), option
+
+
+def test_module_writes_nothing_on_import(tmp_path):
+    code = "import os, vae_mnist; print(sorted(os.listdir()), 'TF_CPP_MIN_LOG_LEVEL' in os.environ)"
+    environment = {k: v for k, v in os.environ.items() if k != "TF_CPP_MIN_LOG_LEVEL"}
+    environment["PYTHONPATH"] = str(ROOT)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, check=True
+    )
+    assert done.stdout.decode() == "[] False\n"

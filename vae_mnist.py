@@ -1,0 +1,509 @@
+"""Train the variational autoencoder of Nate Merrill's 2019 tutorial on MNIST, in graph mode.
+
+The encoder turns an image x, D = 784 pixels in [0, 1], into a Gaussian over a latent code z of
+K = 2 dimensions; the decoder turns a code into r, the probability of white for every pixel. Both
+are trained together on the negative evidence lower bound, in nats an image:
+
+    KLD     = 1/2 sum_k (exp(log_sig_sq_k) - log_sig_sq_k + mu_k^2 - 1)             (1)
+    RecLoss = -sum_d (x_d log r_d + (1 - x_d) log(1 - r_d))                         (2)
+
+    python vae_mnist.py            # train for 5,000 iterations, then draw outputs/latent.png
+    python vae_mnist.py --help     # all options and their defaults
+
+In comments, shapes are written with B images a batch, D pixels and K latent dimensions.
+
+Source: Nate Merrill, "Implementing an MNIST Variational Autoencoder in TensorFlow", 2019.
+Method: Kingma and Welling, "Auto-Encoding Variational Bayes", arXiv:1312.6114.
+"""
+
+import argparse
+import math
+import os
+import sys
+import tempfile
+import time
+import warnings
+import zipfile
+import zlib
+from contextlib import contextmanager
+from pathlib import Path
+
+if __name__ == "__main__":
+    # Settings of the whole process belong to the program, not to whoever imports the module. What
+    # TensorFlow's C++ code says while it is loaded goes nowhere; Python's own errors still arrive.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
+    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
+import matplotlib.figure
+import numpy as np
+import tensorflow.compat.v1 as tf
+
+if __name__ == "__main__":
+    os.dup2(sys.stderr.fileno(), 2)
+
+SIDE = 28  # pixels along an edge of an image
+PIXELS = SIDE**2  # D
+LATENT = 2  # K, two so that the codes can be drawn in a plane
+ITERATIONS = 5000  # a bit over 21 passes over the 60,000 images
+BATCH_SIZE = 256  # images an iteration
+LEARNING_RATE = 0.001  # Adam's own default
+LOG_EVERY = 100  # iterations between two log lines
+HERE = Path(__file__).resolve().parent
+
+
+# ---------------------------------------------------------------------------------------- data
+
+
+def load_mnist(path=None):
+    """Load MNIST, or a data set of the same form such as Fashion-MNIST.
+
+    Parameters
+    ----------
+    path : str or Path, optional
+        An .npz archive with the arrays of `mnist.npz`. Default: `data/mnist.npz` beside this
+        module; where that is missing, what `tf.keras.datasets.mnist.load_data()` has or downloads.
+
+    Returns
+    -------
+    (x_train, y_train), (x_test, y_test)
+        Images, uint8 (N, 28, 28) from 0 to 255, and labels, integers (N,).
+
+    Raises
+    ------
+    OSError
+        If the file cannot be read, or there is none and it cannot be downloaded.
+    ValueError
+        If the file is not such an archive. Pickled objects are never loaded.
+    """
+    if path is None and (HERE / "data" / "mnist.npz").exists():
+        path = HERE / "data" / "mnist.npz"
+    if path is None:
+        try:
+            return tf.keras.datasets.mnist.load_data()
+        except Exception as error:  # Keras raises the bare class
+            raise OSError(
+                f"no data: {HERE / 'data' / 'mnist.npz'} is missing and MNIST cannot be downloaded "
+                f"({error}); get a file mnist.npz and give it with --data FILE"
+            ) from error
+    with open(path, "rb") as file:  # a missing file or a directory fails here, by name
+        if not zipfile.is_zipfile(file):
+            raise ValueError(f"{path}: expected an .npz archive, got another or a truncated file")
+    arrays = {}
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            for key in ("x_train", "y_train", "x_test", "y_test"):
+                if key not in archive:
+                    raise ValueError(f"no array {key}; it has {', '.join(archive) or 'none'}")
+                arrays[key] = archive[key]
+        for x, y in (("x_train", "y_train"), ("x_test", "y_test")):
+            images, labels = arrays[x], arrays[y]
+            if images.dtype != np.uint8 or images.shape[1:] != (SIDE, SIDE) or not len(images):
+                raise ValueError(
+                    f"{x} must be uint8 of shape (N, {SIDE}, {SIDE}) with N > 0, "
+                    f"got {images.dtype} {images.shape}"
+                )
+            if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
+                raise ValueError(
+                    f"{y} must be integers of shape ({len(images)},), "
+                    f"got {labels.dtype} {labels.shape}"
+                )
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path}: not a data set like mnist.npz: {error}") from error
+    return (arrays["x_train"], arrays["y_train"]), (arrays["x_test"], arrays["y_test"])
+
+
+def scale(images):
+    """Return images, uint8 (B, 28, 28), as the network's input, float32 (B, D) in [0, 1]."""
+    return images.reshape(-1, PIXELS) / np.float32(255)
+
+
+def random_batch(x_train, batch_size, seed, iteration):
+    """Return the batch of an iteration, float32 (B, D), drawn with replacement.
+
+    It depends on (seed, iteration) alone, so no generator's state has to outlive an iteration.
+    """
+    rng = np.random.default_rng([seed, iteration])
+    batch_idx = rng.integers(len(x_train), size=batch_size)
+    return scale(x_train[batch_idx])
+
+
+# --------------------------------------------------------------------------------------- model
+
+
+def shard_count():
+    """Return how many shards of a batch to compute side by side: 2, or 1 on one core or a GPU.
+
+    The matrix products here are so small that a second thread costs one of them more in waiting
+    than it saves, but two that do not depend on each other do gain from two threads. More shards
+    than two make the products smaller still and gain nothing; a GPU prefers the batch whole.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return 1 if cores == 1 or tf.config.list_physical_devices("GPU") else 2
+
+
+def session():
+    """Open a session on the current graph, with one thread for each shard of a batch."""
+    config = tf.ConfigProto()
+    config.gpu_options.allow_growth = True  # a GPU's memory as needed, not all of it
+    if shard_count() > 1:
+        config.intra_op_parallelism_threads = 1
+        config.inter_op_parallelism_threads = shard_count()
+    return tf.Session(config=config)
+
+
+def split(batch, shards):
+    """Split a tensor into shards along its first axis; the last takes what is left over."""
+    if shards == 1:
+        return [batch]
+    return tf.split(batch, [tf.shape(batch)[0] // shards] * (shards - 1) + [-1])
+
+
+def join(shards):
+    """Join shards again along their first axis."""
+    return tf.concat(shards, axis=0) if len(shards) > 1 else shards[0]
+
+
+def dense(fc, units, activation=None):
+    """Apply a fully connected layer to every shard, as `tf.layers.dense` did to a batch.
+
+    The variables have its names (`dense/kernel`, `dense/bias`, `dense_1/kernel`, ...) and its
+    initial values: Glorot uniform (Glorot and Bengio 2010) and zeros.
+    """
+    with tf.variable_scope(None, default_name="dense"):
+        layer = len(tf.trainable_variables())  # with the graph's seed, it decides the weights
+        kernel = tf.get_variable(
+            "kernel", [fc[0].shape[1], units], initializer=tf.glorot_uniform_initializer(layer)
+        ).value()  # read once, for all the shards
+        bias = tf.get_variable("bias", [units], initializer=tf.zeros_initializer()).value()
+        fc = [tf.nn.bias_add(tf.matmul(shard, kernel), bias) for shard in fc]
+        return [activation(shard) for shard in fc] if activation else fc
+
+
+@tf.custom_gradient
+def cross_entropy(x, logits):
+    """Return equation (2) for r = sigmoid(logits), (B, D), summed over the batch, and its gradient.
+
+    -(x log r + (1 - x) log(1 - r)) = softplus(logits) - x logits stays finite where r rounds to 0
+    or 1, and its derivative r - x does not vanish there. Given in closed form, it also lets a
+    training step leave out the loss itself.
+    """
+    loss = tf.reduce_sum(tf.nn.softplus(logits) - x * logits)
+    return loss, lambda upstream: (-upstream * logits, upstream * (tf.sigmoid(logits) - x))
+
+
+def check_shape(name, array, *shape):
+    """Return array as float32; raise ValueError unless it has B rows of the given shape."""
+    array = np.asarray(array, np.float32)
+    if array.ndim != 1 + len(shape) or array.shape[1:] != shape:
+        expected = ", ".join(map(str, ("B", *shape)))
+        raise ValueError(f"{name} must have shape ({expected}), got {array.shape}")
+    return array
+
+
+class VAE:
+    """The tutorial's variational autoencoder, built in the current default graph.
+
+    Parameters
+    ----------
+    learning_rate : float, default 0.001
+        Step size of Adam (Kingma and Ba 2015), whose other settings keep their defaults.
+    seed : int, default 0
+        Decides the initial weights (through the graph's seed) and, with the number of updates
+        made, the noise eps.
+    shards : int, optional
+        Parts of a batch that are computed side by side. They change no result but by rounding.
+        Default: what `shard_count` finds best for the machine.
+
+    Attributes
+    ----------
+    x, z, rec : tensors, float32 (B, 784), (B, 2), (B, 784)
+        Images in [0, 1], their codes, and the decoder's images in (0, 1).
+    mu, log_sig_sq : tensors, float32 (B, 2)
+        Mean and logarithm of the variance of q(z | x).
+    kld, rec_loss, loss : tensors, float32 scalars
+        Equations (1) and (2), averaged over the batch, and their sum, in nats an image.
+    opt : operation
+        One update of all the variables by Adam; it also counts `iteration` up.
+    """
+
+    def __init__(self, learning_rate=LEARNING_RATE, seed=0, shards=None):
+        shards = shards or shard_count()
+        tf.set_random_seed(seed)
+        self.iteration = tf.train.get_or_create_global_step()  # updates made, int64
+
+        # Input data Tensor
+        self.x = tf.placeholder(tf.float32, shape=[None, PIXELS], name="x")
+        batch_size = tf.shape(self.x)[0]
+        fc = x = split(self.x, shards)
+        for n in [256, 128, 64]:
+            fc = dense(fc, units=n, activation=tf.nn.elu)
+        fc = join(dense(fc, units=2 * LATENT))
+        self.mu = mu = fc[:, :LATENT]  # (B, K)
+        # estimate log sigma^2 for numerical stability
+        self.log_sig_sq = log_sig_sq = fc[:, LATENT:]  # (B, K)
+
+        # z = mu + sigma * epsilon
+        # epsilon is a sample from a N(0, 1) distribution, another one for every iteration
+        self.eps = eps = tf.random.stateless_normal([batch_size, LATENT], [seed, self.iteration])
+        # Random normal variable for decoder :D
+        # Graph mode lets a run feed any tensor, not only placeholders: whoever feeds z overrides
+        # the sampler, and neither x nor the encoder is needed. So one graph trains and draws.
+        self.z = tf.add(mu, tf.exp(log_sig_sq / 2) * eps, name="z")
+
+        fc = split(self.z, shards)
+        for n in [256, 128, 64]:
+            fc = dense(fc, units=n, activation=tf.nn.elu)
+        fc = dense(fc, units=4)
+        logits = dense(fc, units=PIXELS)
+        # sigmoid bounds answer to [0,1] for images
+        self.rec = tf.sigmoid(join(logits), name="rec")
+
+        # reconstruction loss
+        images = tf.cast(batch_size, tf.float32)
+        self.rec_loss = tf.add_n([cross_entropy(*pair) for pair in zip(x, logits)]) / images
+        # KLD( (mu, sigma) , N(0,1) ) = .5 (tr(sigma2) + mu^T mu - k - log det(sigma2))
+        self.kld = tf.reduce_mean(
+            -0.5 * tf.reduce_sum(1.0 + log_sig_sq - tf.square(mu) - tf.exp(log_sig_sq), axis=1)
+        )
+        self.loss = self.kld + self.rec_loss
+        # All gradients are there before the first update: updates in between would hold up the
+        # products that the other gradients wait for.
+        self.opt = tf.train.AdamOptimizer(learning_rate).minimize(
+            self.loss,
+            global_step=self.iteration,
+            gate_gradients=tf.train.Optimizer.GATE_GRAPH,
+        )
+
+    def step(self, batch, sess):
+        """Make one update on batch, (B, 784) in [0, 1]; return its kld, rec_loss as floats."""
+        batch = check_shape("batch", batch, PIXELS)
+        _, kld, rec_loss = sess.run([self.opt, self.kld, self.rec_loss], {self.x: batch})
+        return float(kld), float(rec_loss)
+
+    def encode(self, batch, sess):
+        """Return mu, log_sig_sq, float32 (B, 2), of q(z | x) for images (B, 784) in [0, 1]."""
+        batch = check_shape("batch", batch, PIXELS)
+        return sess.run([self.mu, self.log_sig_sq], {self.x: batch})
+
+    def decode(self, z, sess):
+        """Return the images, float32 (B, 28, 28) in [0, 1], that the codes z, (B, 2), stand for."""
+        return sess.run(self.rec, {self.z: check_shape("z", z, LATENT)}).reshape(-1, SIDE, SIDE)
+
+
+# ------------------------------------------------------------------------------------ pictures
+
+
+@contextmanager
+def whole_file(path):
+    """Open a binary file that takes path's place once it is complete, and never before."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def display_manifold(model, sess, path, show=False):
+    """Draw 30 x 30 images, decoded over [-2, 2] in both latent dimensions, into a PNG file.
+
+    Parameters
+    ----------
+    model : VAE
+    sess : tf.Session
+    path : str or Path
+        The file, replaced only once the new one is complete. Each decoded pixel is one of its
+        pixels, unsmoothed.
+    show : bool, default False
+        Also open a window, where there is a display.
+
+    Returns
+    -------
+    figure : ndarray of shape (840, 840), float32 in [0, 1]
+        z[0] grows to the right, z[1] upwards.
+    """
+    n = 30
+    grid_x = np.linspace(-2, 2, n)
+    grid_y = grid_x[::-1]
+    z = np.stack(np.meshgrid(grid_x, grid_y), axis=-1).reshape(-1, LATENT)  # (n * n, K), by rows
+    digits = model.decode(z, sess).reshape(n, n, SIDE, SIDE)
+    figure = digits.swapaxes(1, 2).reshape(n * SIDE, n * SIDE)
+
+    left, bottom, width, height = 70, 60, n * SIDE + 90, n * SIDE + 80  # pixels of the file
+    size = {"figsize": (width / 100, height / 100), "dpi": 100}
+    if show:
+        from matplotlib import pyplot as plt
+
+        fig = plt.figure(**size)
+    else:
+        fig = matplotlib.figure.Figure(**size)
+    area = (left / width, bottom / height, n * SIDE / width, n * SIDE / height)
+    axes = fig.add_axes(area, xlabel="z[0]", ylabel="z[1]")
+    axes.imshow(figure, cmap="Greys_r", vmin=0, vmax=1, interpolation="none")
+    axes.spines[:].set_position(("outward", 3))  # on the edge they would cover pixels
+    axes.spines[["top", "right"]].set_visible(False)
+    coordinates = np.linspace(-2, 2, 9)
+    ticks = (coordinates + 2) / 4 * (n - 1) * SIDE + (SIDE - 1) / 2  # centres of the images
+    axes.set_xticks(ticks, coordinates)
+    axes.set_yticks(ticks[::-1], coordinates)
+    with whole_file(path) as file:
+        fig.savefig(file, format="png")
+    if show:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # without a display there is no window, only the file
+            plt.show()
+        plt.close(fig)
+    return figure
+
+
+# ------------------------------------------------------------------------------------ training
+
+
+class Progress:
+    """A live line on a terminal's standard error: the share done, the speed, the time left."""
+
+    def __init__(self, iterations):
+        self.iterations, self.start, self.shown = iterations, time.monotonic(), 0
+        self.live = sys.stderr.isatty()
+
+    def update(self, done):
+        """Show the line again, at most five times a second."""
+        now = time.monotonic()
+        if self.live and now - self.shown > 0.2:
+            self.shown = now
+            speed = done / (now - self.start)
+            left = (self.iterations - done) / speed
+            line = f"{done / self.iterations:4.0%}, {speed:.0f} iterations/s, {left:.0f} s left"
+            print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
+
+    def clear(self):
+        """Remove the line, so that another can be printed in its place."""
+        if self.live:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+def train(model, sess, x_train, args):
+    """Make args.iterations updates on random batches; print the losses every args.log_every."""
+    # A feed by name costs less than sess.run; without the losses, graph mode leaves out what only
+    # they need.
+    update = sess.make_callable(model.opt, feed_list=[model.x])
+    progress = Progress(args.iterations)
+    for i in range(args.iterations):
+        x_batch = random_batch(x_train, args.batch_size, args.seed, i)
+        if i % args.log_every == 0:
+            kld, rec_loss = model.step(x_batch, sess)
+            progress.clear()
+            print(f"Iteration {i}: KLD = {kld:f}, RecLoss = {rec_loss:f}", flush=True)
+        else:
+            update(x_batch)
+        progress.update(i + 1)
+    progress.clear()
+
+
+# -------------------------------------------------------------------------------- command line
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message):
+        """Print the message on standard error and exit with status 2."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def whole_number(least):
+    """Return a function that reads an argument: a whole number from least to 2^31 - 1."""
+
+    def read(text):
+        if not text.isdecimal() or not least <= int(text) < 2**31:
+            raise argparse.ArgumentTypeError(
+                f"expected a whole number from {least} to {2**31 - 1}, got {text!r}"
+            )
+        return int(text)
+
+    return read
+
+
+def learning_rate(text):
+    """Read an argument: a number that is above zero and finite as a float32."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value <= np.finfo(np.float32).max or not np.float32(value) > 0:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return value
+
+
+def parse_arguments(argv):
+    """Return the options of the command line."""
+    parser = Parser(
+        prog="vae_mnist.py",
+        description="Train a variational autoencoder on MNIST and draw its latent manifold.",
+    )
+
+    def add(name, text, default=None, **how):
+        parser.add_argument(name, default=default, help=f"{text} (default: %(default)s)", **how)
+
+    positive = whole_number(1)
+    parser.add_argument("--data", metavar="FILE", help="an .npz archive (default: data/mnist.npz)")
+    add("--output-dir", "where files go, made if missing", "outputs", metavar="DIR")
+    add("--iterations", "updates to make", ITERATIONS, type=positive, metavar="N")
+    add("--batch-size", "images an iteration", BATCH_SIZE, type=positive, metavar="N")
+    add("--learning-rate", "step size of Adam", LEARNING_RATE, type=learning_rate, metavar="R")
+    add("--seed", "decides everything random", 0, type=whole_number(0), metavar="N")
+    add(
+        "--log-every",
+        "iterations from one log line to the next",
+        LOG_EVERY,
+        type=positive,
+        metavar="N",
+    )
+    add("--show", "also open the picture in a window", False, action="store_true")
+    return parser, parser.parse_args(argv)
+
+
+def one_line(error):
+    """Return what an exception says, in one line."""
+    if isinstance(error, tf.errors.OpError):
+        error = error.message.splitlines()[0]  # without the list of operations behind it
+    elif isinstance(error, OSError) and error.strerror:
+        error = f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split())
+
+
+def main(argv=None):
+    """Train on MNIST as the command line says and draw the manifold.
+
+    Returns the exit status: 0, or 1 after a fault while running. Wrong options or data raise
+    SystemExit with status 2, as argparse does.
+    """
+    parser, args = parse_arguments(argv)
+    output_dir = Path(args.output_dir)
+    try:
+        # ignore testing data and labels
+        (x_train, _), _ = load_mnist(args.data)
+        output_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output_dir):
+            pass  # so it can be written
+    except (OSError, ValueError) as error:
+        parser.error(one_line(error))
+    try:
+        with tf.Graph().as_default():
+            model = VAE(args.learning_rate, args.seed)
+            with session() as sess:
+                sess.run(tf.global_variables_initializer())
+                train(model, sess, x_train, args)
+                display_manifold(model, sess, output_dir / "latent.png", args.show)
+    except (OSError, MemoryError, tf.errors.OpError) as error:
+        print(f"{parser.prog}: error: {one_line(error)}", file=sys.stderr)
+        return 1
+    print(f"The manifold of the latent codes is in {output_dir / 'latent.png'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
