@@ -113,19 +113,29 @@ def load_mnist(path=None):
     return (arrays["x_train"], arrays["y_train"]), (arrays["x_test"], arrays["y_test"])
 
 
-def scale(images):
+def scale(images, out=None):
     """Return images, uint8 (B, 28, 28), as the network's input, float32 (B, D) in [0, 1]."""
-    return images.reshape(-1, PIXELS) / np.float32(255)
+    return np.divide(images.reshape(-1, PIXELS), np.float32(255), out=out)
 
 
-def random_batch(x_train, batch_size, seed, iteration):
+def random_batch(x_train, batch_size, seed, iteration, out=None):
     """Return the batch of an iteration, float32 (B, D), drawn with replacement.
 
     It depends on (seed, iteration) alone, so no generator's state has to outlive an iteration.
     """
     rng = np.random.default_rng([seed, iteration])
     batch_idx = rng.integers(len(x_train), size=batch_size)
-    return scale(x_train[batch_idx])
+    return scale(x_train[batch_idx], out)
+
+
+def batch_memory(batch_size):
+    """Return an array for batches, float32 (B, D), that TensorFlow reads in place when it is fed.
+
+    It would copy one that does not start at a multiple of 64 bytes, here 16 elements.
+    """
+    memory = np.empty(batch_size * PIXELS + 16, np.float32)
+    start = -(memory.ctypes.data // memory.itemsize) % 16
+    return memory[start : start + batch_size * PIXELS].reshape(batch_size, PIXELS)
 
 
 # --------------------------------------------------------------------------------------- model
@@ -239,9 +249,8 @@ class VAE:
         for n in [256, 128, 64]:
             fc = dense(fc, units=n, activation=tf.nn.elu)
         fc = join(dense(fc, units=2 * LATENT))
-        self.mu = mu = fc[:, :LATENT]  # (B, K)
         # estimate log sigma^2 for numerical stability
-        self.log_sig_sq = log_sig_sq = fc[:, LATENT:]  # (B, K)
+        mu, log_sig_sq = self.mu, self.log_sig_sq = tf.split(fc, 2, axis=1)  # (B, K) each
 
         # z = mu + sigma * epsilon
         # epsilon is a sample from a N(0, 1) distribution, another one for every iteration
@@ -259,13 +268,13 @@ class VAE:
         # sigmoid bounds answer to [0,1] for images
         self.rec = tf.sigmoid(join(logits), name="rec")
 
-        # reconstruction loss
+        # Both losses are summed over pixels or dimensions and averaged over the batch.
         images = tf.cast(batch_size, tf.float32)
+        # reconstruction loss
         self.rec_loss = tf.add_n([cross_entropy(*pair) for pair in zip(x, logits)]) / images
         # KLD( (mu, sigma) , N(0,1) ) = .5 (tr(sigma2) + mu^T mu - k - log det(sigma2))
-        self.kld = tf.reduce_mean(
-            -0.5 * tf.reduce_sum(1.0 + log_sig_sq - tf.square(mu) - tf.exp(log_sig_sq), axis=1)
-        )
+        kld = 0.5 * tf.reduce_sum(tf.exp(log_sig_sq) + tf.square(mu) - 1.0 - log_sig_sq)
+        self.kld = kld / images
         self.loss = self.kld + self.rec_loss
         # All gradients are there before the first update: updates in between would hold up the
         # products that the other gradients wait for.
@@ -341,8 +350,11 @@ def display_manifold(model, sess, path, show=False):
     else:
         fig = matplotlib.figure.Figure(**size)
     area = (left / width, bottom / height, n * SIDE / width, n * SIDE / height)
-    axes = fig.add_axes(area, xlabel="z[0]", ylabel="z[1]")
-    axes.imshow(figure, cmap="Greys_r", vmin=0, vmax=1, interpolation="none")
+    edges = (-0.5, n * SIDE - 0.5)
+    axes = fig.add_axes(area, xlabel="z[0]", ylabel="z[1]", xlim=edges, ylim=edges[::-1])
+    grey = matplotlib.colormaps["Greys_r"](figure, bytes=True)  # (840, 840, 4)
+    fig.figimage(grey, left, bottom)  # unlike imshow, it never resamples
+    axes.patch.set_visible(False)
     axes.spines[:].set_position(("outward", 3))  # on the edge they would cover pixels
     axes.spines[["top", "right"]].set_visible(False)
     coordinates = np.linspace(-2, 2, 9)
@@ -391,8 +403,9 @@ def train(model, sess, x_train, args):
     # they need.
     update = sess.make_callable(model.opt, feed_list=[model.x])
     progress = Progress(args.iterations)
+    x_batch = batch_memory(args.batch_size)
     for i in range(args.iterations):
-        x_batch = random_batch(x_train, args.batch_size, args.seed, i)
+        random_batch(x_train, args.batch_size, args.seed, i, out=x_batch)
         if i % args.log_every == 0:
             kld, rec_loss = model.step(x_batch, sess)
             progress.clear()

@@ -1,0 +1,352 @@
+"""Measure what training costs, beside the tutorial's own loop, PyTorch and JAX.
+
+    python tests/benchmark.py               # seven rounds, about ten minutes
+    python tests/benchmark.py --rounds 3
+
+Each round runs every row once, in a process of its own, so that a change in the machine's speed
+meets all rows alike. A row is the median of its rounds, with their range. The rows of PyTorch and
+JAX need the packages torch and jax; everything else is there once the project is installed.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
+
+BATCH = 256
+LAYERS = [(784, 256), (256, 128), (128, 64), (64, 4)]
+LAYERS += [(2, 256), (256, 128), (128, 64), (64, 4), (4, 784)]
+LINEAR = (3, 7, 8)
+
+
+def median_ms(function, count=500, warm_up=100):
+    """Return the median time of a call of function(i), in milliseconds."""
+    times = []
+    for i in range(warm_up + count):
+        start = time.perf_counter()
+        function(i)
+        times.append(time.perf_counter() - start)
+    return 1000 * statistics.median(times[warm_up:])
+
+
+def tutorial():
+    """An iteration as the tutorial writes it; only tf.layers.dense had to be replaced."""
+    import numpy as np
+    import tensorflow.compat.v1 as tf
+
+    import vae_mnist
+
+    (x_train, _), _ = vae_mnist.load_mnist()
+    x_train = (x_train / 255.0).reshape(-1, 28**2)
+
+    def dense(fc, i, activation=None):
+        with tf.variable_scope(f"dense_{i}"):
+            kernel = tf.get_variable("kernel", LAYERS[i])
+            bias = tf.get_variable("bias", LAYERS[i][1:], initializer=tf.zeros_initializer())
+        fc = tf.nn.bias_add(tf.matmul(fc, kernel), bias)
+        return activation(fc) if activation else fc
+
+    with tf.Graph().as_default():
+        fc = x = tf.placeholder(tf.float32, shape=[None, 28**2])
+        for i in range(4):
+            fc = dense(fc, i, None if i in LINEAR else tf.nn.elu)
+        mu, log_sig_sq = fc[:, :2], fc[:, 2:]
+        eps = tf.random_normal(tf.shape(mu), 0.0, 1.0, dtype=tf.float32)
+        fc = tf.add(mu, tf.sqrt(tf.exp(log_sig_sq)) * eps)
+        for i in range(4, 8):
+            fc = dense(fc, i, None if i in LINEAR else tf.nn.elu)
+        rec = dense(fc, 8, tf.sigmoid)
+        likelihood = x * tf.log(tf.clip_by_value(rec, 1e-10, 1.0))
+        likelihood += (1.0 - x) * tf.log(tf.clip_by_value(1.0 - rec, 1e-10, 1.0))
+        rec_loss = tf.reduce_mean(-tf.reduce_sum(likelihood, axis=1))
+        kld = 1.0 + log_sig_sq - tf.square(mu) - tf.exp(log_sig_sq)
+        kld = tf.reduce_mean(-0.5 * (tf.reduce_sum(kld, axis=1)))
+        opt = tf.train.AdamOptimizer().minimize(kld + rec_loss)
+        with tf.Session() as sess:
+            sess.run(tf.global_variables_initializer())
+
+            def iteration(i):
+                batch_idx = np.random.randint(len(x_train), size=BATCH)
+                sess.run([opt, kld, rec_loss], feed_dict={x: x_train[batch_idx, :]})
+
+            return median_ms(iteration)
+
+
+def project():
+    """An iteration of this project: the batch, the feed and the update."""
+    import tensorflow.compat.v1 as tf
+
+    import vae_mnist
+
+    (x_train, _), _ = vae_mnist.load_mnist()
+    with tf.Graph().as_default():
+        model = vae_mnist.VAE()
+        with vae_mnist.session() as sess:
+            sess.run(tf.global_variables_initializer())
+            update = sess.make_callable(model.opt, feed_list=[model.x])
+            x_batch = vae_mnist.batch_memory(BATCH)
+
+            def iteration(i):
+                vae_mnist.random_batch(x_train, BATCH, 0, i, out=x_batch)
+                update(x_batch)
+
+            return median_ms(iteration)
+
+
+def products():
+    """The matrix products of a step alone, in NumPy on one thread."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    pairs = []
+    for i, (fan_in, fan_out) in enumerate(LAYERS):
+        x, kernel, gradient = (
+            rng.standard_normal(shape, np.float32)
+            for shape in ((BATCH, fan_in), (fan_in, fan_out), (BATCH, fan_out))
+        )
+        pairs += [(x, kernel), (x.T, gradient)] + ([(gradient, kernel.T)] if i else [])
+    assert len(pairs) == 26
+    return median_ms(lambda _: [a @ b for a, b in pairs])
+
+
+def manifold():
+    """The manifold's 900 codes in one call, as a share of 900 calls."""
+    import numpy as np
+    import tensorflow.compat.v1 as tf
+
+    import vae_mnist
+
+    z = np.random.default_rng(0).uniform(-2, 2, (900, 2))
+    with tf.Graph().as_default():
+        model = vae_mnist.VAE()
+        with vae_mnist.session() as sess:
+            sess.run(tf.global_variables_initializer())
+            single = partial(sess.run, model.rec)
+            apart = median_ms(lambda _: [single({model.z: code[None]}) for code in z], 5, 2)
+            return median_ms(lambda _: model.decode(z, sess), 5, 2), apart
+
+
+def import_tensorflow():
+    """Seconds that a process takes to import TensorFlow and end."""
+    start = time.perf_counter()
+    command = [sys.executable, "-c", "import tensorflow, os; print('Iteration', flush=True)"]
+    return to_first_line(command, start)
+
+
+def start_up():
+    """Seconds from the program's start to its first iteration."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, ROOT / "vae_mnist.py", "--output-dir", folder]
+        return to_first_line(command, time.perf_counter())
+
+
+def to_first_line(command, start):
+    """Return the seconds from start until the command prints a first line, then end it."""
+    how = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    with subprocess.Popen(command, **how) as process:
+        line = process.stdout.readline()
+        seconds = time.perf_counter() - start
+        process.kill()
+    assert line.startswith("Iteration"), line
+    return seconds
+
+
+def memory():
+    """Peak memory of a default run, in MB."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, ROOT / "vae_mnist.py", "--output-dir", folder]
+        how = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        process = subprocess.Popen(command, **how)
+        _, status, usage = os.wait4(process.pid, 0)
+        assert status == 0
+        return usage.ru_maxrss / 1024
+
+
+def torch_row(compiled):
+    """The same iteration in PyTorch, with its fused Adam."""
+    import numpy as np
+    import torch
+    import torch.nn.functional as F
+
+    import_free_data = np.load(ROOT / "data" / "mnist.npz")["x_train"].reshape(-1, 784)
+    x_train = torch.from_numpy(import_free_data)
+    torch.manual_seed(0)
+    layers = torch.nn.ModuleList(torch.nn.Linear(*shape) for shape in LAYERS)
+
+    def apply(fc, which):
+        for i in which:
+            fc = layers[i](fc) if i in LINEAR else F.elu(layers[i](fc))
+        return fc
+
+    def loss(x):
+        mu, log_sig_sq = apply(x, range(4)).chunk(2, dim=1)
+        z = mu + torch.exp(log_sig_sq / 2) * torch.randn_like(mu)
+        logits = apply(z, range(4, 9))
+        rec_loss = F.binary_cross_entropy_with_logits(logits, x, reduction="sum")
+        return (rec_loss + 0.5 * (log_sig_sq.exp() + mu**2 - 1 - log_sig_sq).sum()) / len(x)
+
+    step = torch.compile(loss) if compiled else loss
+    adam = torch.optim.Adam(layers.parameters(), lr=0.001, fused=True)
+
+    def iteration(i):
+        x = x_train[torch.randint(len(x_train), (BATCH,))].float() / 255
+        adam.zero_grad()
+        step(x).backward()
+        adam.step()
+
+    return median_ms(iteration)
+
+
+def jax_row():
+    """The same iteration in JAX: 100 of them in one jitted scan, the batch drawn inside."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    x_train = jnp.asarray(np.load(ROOT / "data" / "mnist.npz")["x_train"].reshape(-1, 784))
+    keys = jax.random.split(jax.random.key(0), len(LAYERS))
+    glorot = jax.nn.initializers.glorot_uniform()
+    weights = [(glorot(k, s), jnp.zeros(s[1])) for k, s in zip(keys, LAYERS)]
+
+    def apply(weights, fc, which):
+        for i in which:
+            fc = fc @ weights[i][0] + weights[i][1]
+            fc = fc if i in LINEAR else jax.nn.elu(fc)
+        return fc
+
+    def loss(weights, x, key):
+        mu, log_sig_sq = jnp.split(apply(weights, x, range(4)), 2, axis=1)
+        z = mu + jnp.exp(log_sig_sq / 2) * jax.random.normal(key, mu.shape)
+        logits = apply(weights, z, range(4, 9))
+        rec_loss = (jax.nn.softplus(logits) - x * logits).sum()
+        return (rec_loss + 0.5 * (jnp.exp(log_sig_sq) + mu**2 - 1 - log_sig_sq).sum()) / len(x)
+
+    def step(state, key):
+        weights, m, v, t = state
+        batch_key, noise_key = jax.random.split(key)
+        x = x_train[jax.random.randint(batch_key, (BATCH,), 0, len(x_train))] / jnp.float32(255)
+        gradient = jax.grad(loss)(weights, x, noise_key)
+        tree, t = jax.tree.map, t + 1
+        m = tree(lambda m, g: 0.9 * m + 0.1 * g, m, gradient)
+        v = tree(lambda v, g: 0.999 * v + 0.001 * g * g, v, gradient)
+        rate = 0.001 * jnp.sqrt(1 - 0.999**t) / (1 - 0.9**t)
+        weights = tree(lambda w, m, v: w - rate * m / (jnp.sqrt(v) + 1e-8), weights, m, v)
+        return (weights, m, v, t), None
+
+    zeros = jax.tree.map(jnp.zeros_like, weights)
+    state = (weights, zeros, zeros, 0)
+    scan = jax.jit(lambda state, key: jax.lax.scan(step, state, jax.random.split(key, 100))[0])
+
+    def hundred(i):
+        nonlocal state
+        state = jax.block_until_ready(scan(state, jax.random.key(i)))
+
+    return median_ms(hundred, 5, 1) / 100
+
+
+ROWS = {
+    "tutorial": (tutorial, None),
+    "project": (project, None),
+    "products": (products, None),
+    "torch": (partial(torch_row, False), "torch"),
+    "torch.compile": (partial(torch_row, True), "torch"),
+    "jax": (jax_row, "jax"),
+    "manifold": (manifold, None),
+    "import": (import_tensorflow, None),
+    "start": (start_up, None),
+    "memory": (memory, None),
+}
+
+
+def measure(row):
+    """Return what a row measures in a process of its own, or None where its package is missing."""
+    package = ROWS[row][1]
+    if package and not importlib.util.find_spec(package):
+        return None
+    # One thread for the products: NumPy's matrix library reads these when it is loaded.
+    threads = {f"{name}_NUM_THREADS": "1" for name in ("OPENBLAS", "MKL", "OMP")}
+    environment = {**os.environ, **(threads if row == "products" else {})}
+    command = [sys.executable, __file__, "--row", row]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{row}: {done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main():
+    """Measure all rows in turn, several times, and print medians, ranges and ratios."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--row", choices=ROWS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.row:
+        print(json.dumps(ROWS[args.row][0]()))
+        return
+    values = {row: [] for row in ROWS}
+    for i in range(args.rounds):
+        for row in ROWS:
+            if row != "memory" or i == 0:
+                values[row].append(measure(row))
+        print(f"round {i + 1} of {args.rounds} done", file=sys.stderr, flush=True)
+
+    apart = [value[1] for value in values["manifold"]]
+    together = [value[0] for value in values["manifold"]]
+    lines = [
+        ("iteration as the tutorial writes it", "ms", values["tutorial"]),
+        ("iteration of this project", "ms", values["project"]),
+        ("its 26 matrix products alone, NumPy, 1 thread", "ms", values["products"]),
+        ("PyTorch, eager, fused Adam", "ms", values["torch"]),
+        ("PyTorch, torch.compile, fused Adam", "ms", values["torch.compile"]),
+        ("JAX, jit and lax.scan", "ms", values["jax"]),
+        ("manifold, 900 decodes", "ms", apart),
+        ("manifold, one decode", "ms", together),
+        ("import tensorflow", "s", values["import"]),
+        ("start to first iteration", "s", values["start"]),
+        ("peak memory of a default run", "MB", values["memory"]),
+    ]
+    print("| what | median | range |\n| --- | --- | --- |")
+    for name, unit, samples in lines:
+        if samples[0] is None:
+            print(f"| {name} | not installed | |")
+        else:
+            middle, low, high = statistics.median(samples), min(samples), max(samples)
+            digits = 0 if unit == "MB" else 2
+            print(
+                f"| {name} | {middle:.{digits}f} {unit} | {low:.{digits}f} to {high:.{digits}f} |"
+            )
+
+    def middle(row):
+        return statistics.median(values[row])
+
+    ratios = [
+        ("iteration / the tutorial's", middle("project") / middle("tutorial"), "at most 0.40"),
+        ("iteration / its products", middle("project") / middle("products"), "at most 1.25"),
+        (
+            "manifold: one decode / 900",
+            statistics.median(together) / statistics.median(apart),
+            "at most 0.05",
+        ),
+        ("start-up beyond the import, s", middle("start") - middle("import"), "at most 1.5"),
+        ("peak memory, MB", middle("memory"), "at most 750"),
+    ]
+    for row, name in [("torch", "PyTorch"), ("torch.compile", "torch.compile"), ("jax", "JAX")]:
+        if values[row][0] is not None:
+            ratios.append((f"iteration / {name}", middle("project") / middle(row), "below 1"))
+    print("\n| ratio | measured | goal |\n| --- | --- | --- |")
+    for name, value, goal in ratios:
+        print(f"| {name} | {value:.{0 if value > 100 else 2}f} | {goal} |")
+
+
+if __name__ == "__main__":
+    main()
