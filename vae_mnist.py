@@ -17,8 +17,11 @@ Method: Kingma and Welling, "Auto-Encoding Variational Bayes", arXiv:1312.6114.
 """
 
 import argparse
+import hashlib
+import json
 import math
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -26,12 +29,14 @@ import warnings
 import zipfile
 import zlib
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":
     # Settings of the whole process belong to the program, not to whoever imports the module. What
     # TensorFlow's C++ code says while it is loaded goes nowhere; Python's own errors still arrive.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing is lost yet: Ctrl-C needs no words
     sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
@@ -48,7 +53,8 @@ LATENT = 2  # K, two so that the codes can be drawn in a plane
 ITERATIONS = 5000  # a bit over 21 passes over the 60,000 images
 BATCH_SIZE = 256  # images an iteration
 LEARNING_RATE = 0.001  # Adam's own default
-LOG_EVERY = 100  # iterations between two log lines
+LOG_EVERY = 100  # iterations from one log line to the next
+CHECKPOINT_EVERY = 500  # iterations, about two seconds of training
 HERE = Path(__file__).resolve().parent
 
 
@@ -299,6 +305,30 @@ class VAE:
         """Return the images, float32 (B, 28, 28) in [0, 1], that the codes z, (B, 2), stand for."""
         return sess.run(self.rec, {self.z: check_shape("z", z, LATENT)}).reshape(-1, SIDE, SIDE)
 
+    def restore(self, directory, sess):
+        """Load the newest complete checkpoint in a directory, in place of any other values.
+
+        A checkpoint that the tutorial's own program saved will do: what it lacks, such as the
+        iteration number, is initialized. Raises ValueError if there is none, if it is damaged, or
+        if it is of another network.
+        """
+        run = read_run(directory)
+        prefix = f"{directory}/{run['model']}" if run else tf.train.latest_checkpoint(directory)
+        if prefix is None:
+            raise ValueError(f"{directory}: expected a directory with a checkpoint, found none")
+        try:
+            shapes = tf.train.load_checkpoint(prefix).get_variable_to_shape_map()
+            for variable in tf.trainable_variables():
+                name, shape = variable.op.name, variable.shape.as_list()
+                if shapes.get(name) != shape:
+                    found = shapes.get(name, "missing")
+                    raise ValueError(f"of another network: {name} must be {shape}, is {found}")
+            sess.run(tf.global_variables_initializer())
+            saved = [v for v in tf.global_variables() if v.op.name in shapes]
+            tf.train.Saver(saved).restore(sess, prefix)
+        except (tf.errors.OpError, RuntimeError, ValueError) as error:
+            raise ValueError(f"{prefix}: not a checkpoint to use: {one_line(error)}") from error
+
 
 # ------------------------------------------------------------------------------------ pictures
 
@@ -377,8 +407,9 @@ def display_manifold(model, sess, path, show=False):
 class Progress:
     """A live line on a terminal's standard error: the share done, the speed, the time left."""
 
-    def __init__(self, iterations):
-        self.iterations, self.start, self.shown = iterations, time.monotonic(), 0
+    def __init__(self, first, iterations):
+        self.first, self.iterations = first, iterations
+        self.start, self.shown = time.monotonic(), 0
         self.live = sys.stderr.isatty()
 
     def update(self, done):
@@ -386,7 +417,7 @@ class Progress:
         now = time.monotonic()
         if self.live and now - self.shown > 0.2:
             self.shown = now
-            speed = done / (now - self.start)
+            speed = (done - self.first) / (now - self.start)
             left = (self.iterations - done) / speed
             line = f"{done / self.iterations:4.0%}, {speed:.0f} iterations/s, {left:.0f} s left"
             print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
@@ -397,34 +428,162 @@ class Progress:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
-def train(model, sess, x_train, args):
-    """Make args.iterations updates on random batches; print the losses every args.log_every."""
-    # A feed by name costs less than sess.run; without the losses, graph mode leaves out what only
+def train(model, sess, x_train, run, args, stopped, save):
+    """Go on with a run up to args.iterations, or until a signal is in the list `stopped`.
+
+    run is its record (see `save_checkpoint`), kept up to date; save() is called for each
+    checkpoint. Raises FloatingPointError where a loss is not finite, with nothing of that
+    iteration saved.
+    """
+    # A callable costs less than sess.run; without the losses, graph mode leaves out what only
     # they need.
     update = sess.make_callable(model.opt, feed_list=[model.x])
-    progress = Progress(args.iterations)
+    progress = Progress(run["iteration"], args.iterations)
     x_batch = batch_memory(args.batch_size)
-    for i in range(args.iterations):
+
+    def checked(i, kld, rec_loss):
+        if not math.isfinite(kld + rec_loss):
+            progress.clear()
+            raise FloatingPointError(
+                f"iteration {i}: KLD = {kld:f}, RecLoss = {rec_loss:f}, so training stopped; "
+                f"try a lower --learning-rate than {args.learning_rate}"
+            )
+        return kld, rec_loss
+
+    for i in range(run["iteration"], args.iterations):
         random_batch(x_train, args.batch_size, args.seed, i, out=x_batch)
         if i % args.log_every == 0:
-            kld, rec_loss = model.step(x_batch, sess)
+            kld, rec_loss = checked(i, *model.step(x_batch, sess))
+            run["log"].append([i, kld, rec_loss])
             progress.clear()
             print(f"Iteration {i}: KLD = {kld:f}, RecLoss = {rec_loss:f}", flush=True)
         else:
             update(x_batch)
+        run["iteration"] = i + 1
+        if (i + 1) % args.checkpoint_every == 0 or i + 1 == args.iterations or stopped:
+            # The next iteration's losses show whether the weights to be saved are sound.
+            random_batch(x_train, args.batch_size, args.seed, i + 1, out=x_batch)
+            checked(i + 1, *sess.run([model.kld, model.rec_loss], {model.x: x_batch}))
+            save()
+        if stopped:
+            break
         progress.update(i + 1)
     progress.clear()
 
 
+@contextmanager
+def stop_signals():
+    """Yield a list that gets the number of a SIGINT or SIGTERM; a second one ends the process."""
+    stopped = []
+
+    def note(number, _):
+        stopped.append(number)
+        for each in previous:
+            signal.signal(each, signal.SIG_DFL)
+
+    previous = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    for each in previous:
+        signal.signal(each, note)
+    try:
+        yield stopped
+    finally:
+        for each, handler in previous.items():
+            signal.signal(each, handler)
+
+
+# --------------------------------------------------------------------------------- checkpoints
+
+
+def read_run(directory):
+    """Return the record of the newest complete checkpoint in a directory, None if it has none.
+
+    Raises ValueError if there is a record, but a damaged one.
+    """
+    path = Path(directory) / "run.json"
+    try:
+        run = json.loads(path.read_bytes())
+        if {"model", "iteration", "iterations", "settings", "log"} <= run.keys():
+            return run
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (ValueError, AttributeError):
+        pass
+    raise ValueError(f"{path}: expected the record of a checkpoint, got a damaged file")
+
+
+def save_checkpoint(saver, sess, output_dir, run):
+    """Save all the variables and the record of their run, then its log as log.csv.
+
+    run has the iteration reached and the iterations asked for, the settings that decide the
+    result, and the log's lines. The variables go to files of a new name, and only when these are
+    complete does run.json, replaced in one step, name them: at every moment it belongs to a whole
+    checkpoint. Raises OSError if that fails; the older checkpoint is then still there.
+    """
+    directory = output_dir / "checkpoint"
+    directory.mkdir(exist_ok=True)
+    name = f"model-{run['iteration']}"
+    if name == run.get("model"):  # what is to be replaced ended at the same iteration
+        name += "-new"
+    try:
+        saver.save(sess, str(directory / name), write_meta_graph=False)
+    except (tf.errors.OpError, ValueError) as error:
+        raise OSError(f"{directory}: cannot save a checkpoint: {one_line(error)}") from error
+    run["model"] = name
+    with whole_file(directory / "run.json") as file:
+        file.write(json.dumps(run).encode())
+    write_log(output_dir, run)
+    for path in directory.glob("model-*"):
+        if path.name.partition(".")[0] != name:
+            path.unlink()
+
+
+def write_log(output_dir, run):
+    """Write the lines of the run's log, at full precision, as log.csv."""
+    lines = ["iteration,kld,rec_loss"] + [",".join(map(repr, line)) for line in run["log"]]
+    with whole_file(output_dir / "log.csv") as file:
+        file.write(("\n".join(lines) + "\n").encode())
+
+
+def check_run(args, settings):
+    """Return the record of the run that goes on or begins, as the command line asks for it.
+
+    Raises ValueError if that would lose an unfinished run, or mix two runs.
+    """
+    output_dir = Path(args.output_dir)
+    try:
+        run = read_run(output_dir / "checkpoint")
+    except ValueError as error:
+        if not args.overwrite:
+            raise ValueError(f"{error}; --overwrite begins a new run in its place") from error
+        run = None
+    if args.resume:
+        if run is None:
+            raise ValueError(f"--resume: there is no checkpoint in {output_dir / 'checkpoint'}")
+        for name, value in settings.items():
+            if run["settings"].get(name) != value:
+                raise ValueError(
+                    f"--resume: --{name.replace('_', '-')} is {value}, but the run in "
+                    f"{output_dir} has {run['settings'].get(name)}"
+                )
+        if args.iterations < run["iteration"] < run["iterations"]:
+            raise ValueError(
+                f"--resume: the run in {output_dir} stopped after {run['iteration']} of "
+                f"{run['iterations']} iterations, beyond --iterations {args.iterations}"
+            )
+        return {**run, "iterations": max(args.iterations, run["iteration"])}
+    if run and not args.overwrite:
+        if run["iteration"] < run["iterations"]:
+            raise ValueError(
+                f"{output_dir} has a run that stopped after {run['iteration']} of "
+                f"{run['iterations']} iterations: go on with --resume, or replace it with "
+                "--overwrite"
+            )
+        print(f"Replacing the finished run in {output_dir}", flush=True)
+    new = {"iteration": 0, "iterations": args.iterations, "settings": settings, "log": []}
+    return {**new, "model": run and run["model"]}
+
+
 # -------------------------------------------------------------------------------- command line
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line."""
-
-    def error(self, message):
-        """Print the message on standard error and exit with status 2."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def whole_number(least):
@@ -453,13 +612,14 @@ def learning_rate(text):
 
 def parse_arguments(argv):
     """Return the options of the command line."""
-    parser = Parser(
+    parser = argparse.ArgumentParser(
         prog="vae_mnist.py",
         description="Train a variational autoencoder on MNIST and draw its latent manifold.",
     )
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")  # a line
 
-    def add(name, text, default=None, **how):
-        parser.add_argument(name, default=default, help=f"{text} (default: %(default)s)", **how)
+    def add(name, text, default, to=parser, **how):
+        to.add_argument(name, default=default, help=f"{text} (default: %(default)s)", **how)
 
     positive = whole_number(1)
     parser.add_argument("--data", metavar="FILE", help="an .npz archive (default: data/mnist.npz)")
@@ -468,13 +628,11 @@ def parse_arguments(argv):
     add("--batch-size", "images an iteration", BATCH_SIZE, type=positive, metavar="N")
     add("--learning-rate", "step size of Adam", LEARNING_RATE, type=learning_rate, metavar="R")
     add("--seed", "decides everything random", 0, type=whole_number(0), metavar="N")
-    add(
-        "--log-every",
-        "iterations from one log line to the next",
-        LOG_EVERY,
-        type=positive,
-        metavar="N",
-    )
+    add("--log-every", "iterations a log line", LOG_EVERY, type=positive, metavar="N")
+    add("--checkpoint-every", "iterations a save", CHECKPOINT_EVERY, type=positive, metavar="N")
+    group = parser.add_mutually_exclusive_group()
+    add("--resume", "go on with the run in DIR", False, action="store_true", to=group)
+    add("--overwrite", "replace an unfinished run in DIR", False, action="store_true", to=group)
     add("--show", "also open the picture in a window", False, action="store_true")
     return parser, parser.parse_args(argv)
 
@@ -491,7 +649,8 @@ def one_line(error):
 def main(argv=None):
     """Train on MNIST as the command line says and draw the manifold.
 
-    Returns the exit status: 0, or 1 after a fault while running. Wrong options or data raise
+    Returns the exit status: 0, 1 after a fault while running, 128 plus the number of the signal
+    that stopped the training. Wrong options or data, or a checkpoint that does not fit them, raise
     SystemExit with status 2, as argparse does.
     """
     parser, args = parse_arguments(argv)
@@ -499,19 +658,39 @@ def main(argv=None):
     try:
         # ignore testing data and labels
         (x_train, _), _ = load_mnist(args.data)
+        settings = {name: getattr(args, name) for name in ("seed", "batch_size", "learning_rate")}
+        settings["data"] = "sha256:" + hashlib.sha256(x_train).hexdigest()
+        run = check_run(args, settings)
         output_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=output_dir):
             pass  # so it can be written
     except (OSError, ValueError) as error:
         parser.error(one_line(error))
     try:
-        with tf.Graph().as_default():
+        with tf.Graph().as_default(), stop_signals() as stopped:
             model = VAE(args.learning_rate, args.seed)
+            saver = tf.train.Saver(max_to_keep=None, save_relative_paths=True)
             with session() as sess:
-                sess.run(tf.global_variables_initializer())
-                train(model, sess, x_train, args)
+                if args.resume:
+                    try:
+                        model.restore(output_dir / "checkpoint", sess)
+                    except ValueError as error:
+                        parser.error(f"--resume: {one_line(error)}")
+                    write_log(output_dir, run)
+                else:
+                    sess.run(tf.global_variables_initializer())
+                save = partial(save_checkpoint, saver, sess, output_dir, run)
+                train(model, sess, x_train, run, args, stopped, save)
+                if run["iteration"] < args.iterations:
+                    print(
+                        f"Stopped by {signal.Signals(stopped[0]).name} after {run['iteration']} "
+                        f"of {args.iterations} iterations; go on with the same options and "
+                        "--resume",
+                        file=sys.stderr,
+                    )
+                    return 128 + stopped[0]
                 display_manifold(model, sess, output_dir / "latent.png", args.show)
-    except (OSError, MemoryError, tf.errors.OpError) as error:
+    except (OSError, MemoryError, FloatingPointError, tf.errors.OpError) as error:
         print(f"{parser.prog}: error: {one_line(error)}", file=sys.stderr)
         return 1
     print(f"The manifold of the latent codes is in {output_dir / 'latent.png'}")

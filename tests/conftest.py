@@ -94,3 +94,8 @@ class Reference:
         d_s = dz * eps * np.exp(s / 2) / 2 + (np.exp(s) - 1) / 2 / count
         self.backward(np.concatenate([d_mu, d_s], axis=1), encoder)
         return kld, rec_loss
+
+
+def pytest_configure(config):
+    """Name the marker of the tests that start and kill processes for many seconds."""
+    config.addinivalue_line("markers", 'slow: not in a quick run, pytest -m "not slow"')

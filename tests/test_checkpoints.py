@@ -1,0 +1,385 @@
+"""Runs that are stopped, killed, starved or refused lose nothing that was whole before."""
+
+import json
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow.compat.v1 as tf
+from conftest import ROOT, built, program, run_program
+
+import vae_mnist
+
+TUTORIAL = Path(__file__).parent / "tutorial_checkpoint"
+SHORT = ["--iterations", "6", "--batch-size", "8", "--log-every", "2", "--checkpoint-every", "3"]
+
+
+def main(output, *options):
+    """Run the program in this process; return its exit status."""
+    try:
+        return vae_mnist.main([*SHORT, "--output-dir", str(output), *map(str, options)])
+    except SystemExit as stop:
+        return stop.code
+
+
+def refused(capsys, output, *options):
+    """Run the program, which must refuse in one line and change no file; return the line."""
+    before = content(output)
+    capsys.readouterr()
+    assert main(output, *options) == 2
+    out, err = capsys.readouterr()
+    assert not out and err.count("\n") == 1
+    assert content(output) == before
+    return err
+
+
+def content(folder):
+    """Return the bytes of every file below a folder."""
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def variables(output):
+    """Return every variable of the newest checkpoint, by name, as bytes."""
+    reader = tf.train.load_checkpoint(tf.train.latest_checkpoint(str(output / "checkpoint")))
+    names = reader.get_variable_to_shape_map()
+    return {name: reader.get_tensor(name).tobytes() for name in names}
+
+
+def assert_same_run(output, expected):
+    """Every variable, the log and the picture are the same bytes, and no stray file is left."""
+    assert variables(output) == variables(expected)
+    for name in ("log.csv", "latent.png"):
+        assert (output / name).read_bytes() == (expected / name).read_bytes()
+    assert {p for p in content(output) if "model" not in p.name} == {
+        p for p in content(expected) if "model" not in p.name
+    }
+    assert len(list((output / "checkpoint").glob("model-*"))) == 2  # .index and .data of one
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a short finished run; tests copy it before they change it."""
+    output = tmp_path_factory.mktemp("finished")
+    assert main(output) == 0
+    return output
+
+
+@pytest.fixture
+def run_folder(finished, tmp_path):
+    """A copy of a finished run."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+@pytest.fixture
+def unfinished(tmp_path, monkeypatch):
+    """A run of 6 iterations that died in iteration 4, so that its checkpoint is of 3."""
+    step = vae_mnist.VAE.step
+
+    def dying(model, batch, sess):
+        if sess.run(model.iteration) == 4:
+            raise MemoryError("in iteration 4")
+        return step(model, batch, sess)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(vae_mnist.VAE, "step", dying)
+        assert main(tmp_path / "run") == 1
+    return tmp_path / "run"
+
+
+def test_log_has_every_logged_line_at_full_precision(finished, capsys):
+    rows = (finished / "log.csv").read_text().splitlines()
+    assert rows[0] == "iteration,kld,rec_loss"
+    assert [row.split(",")[0] for row in rows[1:]] == ["0", "2", "4"]
+    with built() as (model, sess):
+        (x_train, _), _ = vae_mnist.load_mnist()
+        losses = model.step(vae_mnist.random_batch(x_train, 8, 0, 0), sess)
+    assert [float(value) for value in rows[1].split(",")[1:]] == list(losses)
+
+
+def test_resume_goes_on_exactly(unfinished, finished, capsys):
+    assert json.loads((unfinished / "checkpoint" / "run.json").read_text())["iteration"] == 3
+    assert main(unfinished, "--resume") == 0
+    assert [line[:11] for line in capsys.readouterr().out.splitlines()[-2:]][0] == "Iteration 4"
+    assert_same_run(unfinished, finished)
+
+
+def test_resume_of_a_finished_run_draws_again_and_can_train_on(run_folder, tmp_path, capsys):
+    before = variables(run_folder)
+    (run_folder / "latent.png").unlink()
+    (run_folder / "log.csv").write_text("half a li")
+    assert main(run_folder, "--resume") == 0
+    assert "Iteration" not in capsys.readouterr().out and variables(run_folder) == before
+    assert (run_folder / "latent.png").exists()
+    assert main(run_folder, "--resume", "--iterations", "9") == 0
+    assert main(tmp_path / "nine", "--iterations", "9") == 0
+    assert_same_run(run_folder, tmp_path / "nine")
+    assert main(run_folder, "--resume") == 0  # --iterations 6: nothing to do, nothing lost
+    assert_same_run(run_folder, tmp_path / "nine")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "old"),
+    [("--seed", 5, "0"), ("--batch-size", 9, "8"), ("--learning-rate", 0.5, "0.001")],
+)
+def test_resume_with_another_setting_is_refused(option, value, old, run_folder, capsys):
+    err = refused(capsys, run_folder, "--resume", option, value)
+    assert f"{option} is {value}" in err and f"has {old}" in err
+
+
+def test_resume_with_other_images_is_refused(run_folder, tmp_path, capsys):
+    images, labels = np.zeros((9, 28, 28), np.uint8), np.zeros(9, np.uint8)
+    data = tmp_path / "other.npz"
+    np.savez(data, x_train=images, y_train=labels, x_test=images, y_test=labels)
+    err = refused(capsys, run_folder, "--resume", "--data", data)
+    assert "--data is sha256:" in err and err.count("sha256:") == 2
+
+
+def test_resume_without_a_checkpoint_is_refused(tmp_path, capsys):
+    assert "no checkpoint" in refused(capsys, tmp_path, "--resume")
+    assert "no checkpoint" in refused(capsys, tmp_path / "missing", "--resume")
+    assert not (tmp_path / "missing").exists()
+
+
+def test_truncated_checkpoint_is_refused(run_folder, capsys):
+    directory = run_folder / "checkpoint"
+    for path in [*directory.glob("model-*"), directory / "run.json"]:
+        whole = path.read_bytes()
+        for length in (0, 1, len(whole) // 2, len(whole) - 1):
+            path.write_bytes(whole[:length])
+            assert str(directory) in refused(capsys, run_folder, "--resume"), (path, length)
+        path.unlink()
+        refused(capsys, run_folder, "--resume")
+        path.write_bytes(whole)
+    assert main(run_folder, "--resume") == 0
+
+
+def test_checkpoint_of_another_network_is_refused(run_folder, capsys):
+    with tf.Graph().as_default(), tf.Session() as sess:
+        tf.get_variable("dense/kernel", [3, 4])
+        sess.run(tf.global_variables_initializer())
+        prefix = str(run_folder / "checkpoint" / "model-6")
+        tf.train.Saver().save(sess, prefix, write_meta_graph=False)
+    err = refused(capsys, run_folder, "--resume")
+    assert "another network" in err and "[784, 256]" in err and "[3, 4]" in err
+
+
+def test_unfinished_run_is_not_overwritten_by_accident(unfinished, finished, capsys):
+    err = refused(capsys, unfinished)
+    assert "3 of 6 iterations" in err and "--resume" in err and "--overwrite" in err
+    err = refused(capsys, unfinished, "--resume", "--iterations", "2")
+    assert "3 of 6 iterations" in err and "--iterations 2" in err
+    assert main(unfinished, "--overwrite", "--seed", "1") == 0
+    assert variables(unfinished) != variables(finished)
+    assert json.loads((unfinished / "checkpoint" / "run.json").read_text())["iteration"] == 6
+
+
+def test_damaged_record_is_only_replaced_on_request(run_folder, finished, capsys):
+    (run_folder / "checkpoint" / "run.json").write_text("[]")
+    assert "--overwrite" in refused(capsys, run_folder)
+    assert main(run_folder, "--overwrite") == 0
+    assert_same_run(run_folder, finished)
+
+
+def test_finished_run_is_replaced_and_says_so(run_folder, capsys):
+    assert main(run_folder, "--seed", "1") == 0
+    assert f"Replacing the finished run in {run_folder}" in capsys.readouterr().out
+    assert main(run_folder, "--seed", "1", "--resume") == 0
+
+
+def test_files_of_a_finished_run_stay_until_the_new_ones_are_complete(
+    run_folder, monkeypatch, capsys
+):
+    before = content(run_folder)
+
+    def failing(*arguments, **how):
+        raise OSError(28, "No space left on device", "somewhere")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(vae_mnist, "write_log", failing)  # after the new checkpoint is complete
+        patch.setattr(vae_mnist.os, "replace", failing)  # but before run.json names it
+        assert main(run_folder, "--seed", "1") == 1
+    after = content(run_folder)
+    assert {name: after[name] for name in before if name.name != "checkpoint"} == {
+        name: data for name, data in before.items() if name.name != "checkpoint"
+    }
+    assert main(run_folder, "--resume") == 0
+
+
+@pytest.mark.parametrize("every", [("--log-every", "2"), ("--log-every", "99")])
+def test_loss_that_is_not_finite_stops_the_run_and_saves_nothing(every, run_folder, capsys):
+    before = content(run_folder)
+    assert main(run_folder, "--learning-rate", "1e30", *every) == 1
+    err = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"iteration {2 if every[1] == '2' else 3}: KLD = nan, RecLoss = nan" in err
+    assert "lower --learning-rate" in err
+    assert content(run_folder) == before
+
+
+def test_output_directory_that_vanishes_is_named(tmp_path, monkeypatch, capsys):
+    step = vae_mnist.VAE.step
+
+    def vanishing(model, batch, sess):
+        shutil.rmtree(tmp_path / "run")
+        monkeypatch.setattr(vae_mnist.VAE, "step", step)
+        return step(model, batch, sess)
+
+    monkeypatch.setattr(vae_mnist.VAE, "step", vanishing)
+    assert main(tmp_path / "run") == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and str(tmp_path / "run") in err and "No such file" in err
+
+
+def test_restored_model_decodes_and_encodes_as_the_trained_one(finished, mnist):
+    x = vae_mnist.scale(mnist[0][0][:5])
+    with tf.Graph().as_default():
+        model = vae_mnist.VAE()
+        with vae_mnist.session() as sess:
+            model.restore(finished / "checkpoint", sess)
+            saved = variables(finished)
+            for variable in tf.global_variables():
+                assert sess.run(variable).tobytes() == saved[variable.op.name]
+            assert sess.run(model.iteration) == 6
+            assert model.decode(model.encode(x, sess)[0], sess).shape == (5, 28, 28)
+
+
+def test_checkpoint_of_the_tutorials_own_program_gives_the_same_results(mnist):
+    """Written by the tutorial's code under TensorFlow 1.13.1, with what it computed there."""
+    expected = np.load(TUTORIAL / "expected.npz")
+    x = vae_mnist.scale(mnist[0][0][:64])
+    with tf.Graph().as_default():
+        model = vae_mnist.VAE()
+        with vae_mnist.session() as sess:
+            model.restore(TUTORIAL, sess)
+            mu, log_sig_sq = model.encode(x, sess)
+            kld = sess.run(model.kld, {model.x: x})
+            feed = {model.x: x, model.z: expected["z"]}
+            rec, rec_loss = sess.run([model.rec, model.rec_loss], feed)
+            assert sess.run(model.iteration) == 0
+    np.testing.assert_allclose(mu, expected["mu"], rtol=1e-5, atol=5e-6)
+    np.testing.assert_allclose(log_sig_sq, expected["log_sig_sq"], rtol=1e-5, atol=5e-6)
+    np.testing.assert_allclose(kld, expected["kld"], rtol=1e-5)
+    np.testing.assert_allclose(rec[:8], expected["rec"], atol=5e-6)
+    np.testing.assert_allclose(rec_loss, expected["rec_loss"], rtol=1e-5)
+
+
+def test_restore_refuses_a_directory_without_a_checkpoint(tmp_path):
+    with built() as (model, sess), pytest.raises(ValueError, match="found none"):
+        model.restore(tmp_path, sess)
+
+
+# ------------------------------------------------------------------- real processes, really killed
+
+LONG = ["--iterations", 400, "--batch-size", 16, "--log-every", 7, "--checkpoint-every", 1]
+
+
+def kill_while(moment, output, *options):
+    """Run the program in a process that kills itself at a moment; return its exit status."""
+    code = f"""
+import os, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+import matplotlib.figure, vae_mnist
+count = 0
+def kill(*_, **__): os.kill(os.getpid(), signal.SIGKILL)
+def half(self, file, **_): file.write(b"half"); file.flush(); kill()
+def second(*names):
+    global count
+    count += 1
+    kill() if count == 2 else replace(*names)
+replace = os.replace
+{moment}
+sys.exit(vae_mnist.main(sys.argv[1:]))
+"""
+    command = [sys.executable, "-c", code, *map(str, options), "--output-dir", str(output)]
+    return subprocess.run(command, capture_output=True, check=False, timeout=120).returncode
+
+
+@pytest.mark.slow
+def test_run_killed_again_and_again_ends_as_the_one_that_was_never_stopped(tmp_path):
+    assert run_program(*LONG, "--output-dir", tmp_path / "whole").returncode == 0
+    output, record = tmp_path / "killed", tmp_path / "killed" / "checkpoint" / "run.json"
+    rng = random.Random(0)
+    kills, resume = 0, []
+    for _ in range(5):  # while training, and mostly while saving, which takes longer here
+        with subprocess.Popen(
+            program(*LONG, "--output-dir", output, *resume),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        ) as process:
+            process.stdout.readline()  # it trains
+            while not record.exists():
+                time.sleep(0.001)
+            time.sleep(rng.uniform(0, 0.4))
+            process.kill()
+        kills += process.returncode == -signal.SIGKILL
+        resume = ["--resume"]
+    assert kills == 5
+    assert kill_while("os.replace = second", output, *LONG, "--resume") == -signal.SIGKILL
+    moment = "matplotlib.figure.Figure.savefig = half"
+    assert kill_while(moment, output, *LONG, "--resume") == -signal.SIGKILL
+    assert not (output / "latent.png").exists()
+    assert run_program(*LONG, "--output-dir", output, "--resume").returncode == 0
+    assert_same_run(output, tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_stops_after_the_iteration_and_saves(number, tmp_path):
+    options = ["--output-dir", tmp_path, "--iterations", 100_000, "--checkpoint-every", 100_000]
+    with subprocess.Popen(
+        program(*options), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        process.stdout.readline()
+        time.sleep(0.2)
+        process.send_signal(number)
+        err = process.stderr.read()
+    assert process.returncode == 128 + number
+    run = json.loads((tmp_path / "checkpoint" / "run.json").read_text())
+    line = err.strip().splitlines()[-1]
+    assert number.name in line and "--resume" in line and "Traceback" not in err
+    assert f"after {run['iteration']} of 100000 iterations" in line
+    assert np.frombuffer(variables(tmp_path)["global_step"], np.int64) == run["iteration"] > 0
+
+
+@pytest.mark.slow
+def test_second_signal_stops_at_once(tmp_path):
+    """The first one's checkpoint is held up here, so that the second one comes before its end."""
+    moment = """
+import time, tensorflow.compat.v1 as tf
+save = tf.train.Saver.save
+def slow(self, sess, prefix, **how):
+    result = save(self, sess, prefix, **how)
+    if prefix.endswith("-20"): os.kill(os.getpid(), 2); os.kill(os.getpid(), 2); time.sleep(60)
+    return result
+tf.train.Saver.save = slow
+"""
+    options = ["--iterations", 40, "--checkpoint-every", 10, "--log-every", 40]
+    start = time.monotonic()
+    assert kill_while(moment, tmp_path, *options) == -signal.SIGINT
+    assert time.monotonic() - start < 50
+    assert vae_mnist.read_run(tmp_path / "checkpoint")["iteration"] == 10
+    assert run_program(*options, "--output-dir", tmp_path, "--resume").returncode == 0
+
+
+@pytest.mark.slow
+def test_full_disk_is_one_line_and_leaves_older_files_intact(finished, tmp_path):
+    output = Path(shutil.copytree(finished, tmp_path / "run"))
+    before = content(output)
+    done = run_program(
+        *SHORT,
+        *("--output-dir", output, "--resume", "--iterations", 20),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000)),
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    line = done.stderr.strip().splitlines()[-1]
+    assert str(output / "checkpoint") in line and "File too large" in line
+    after = content(output)
+    assert {name: after[name] for name in before} == before
+    resumed = run_program(*SHORT, "--output-dir", output, "--resume", "--iterations", 20)
+    assert resumed.returncode == 0
