@@ -35,7 +35,7 @@ from pathlib import Path
 if __name__ == "__main__":
     # Settings of the whole process belong to the program, not to whoever imports the module. What
     # TensorFlow's C++ code says while it is loaded goes nowhere; Python's own errors still arrive.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing is lost yet: Ctrl-C needs no words
     sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
@@ -532,8 +532,8 @@ def save_checkpoint(saver, sess, output_dir, run):
     with whole_file(directory / "run.json") as file:
         file.write(json.dumps(run).encode())
     write_log(output_dir, run)
-    for path in directory.glob("model-*"):
-        if path.name.partition(".")[0] != name:
+    for path in directory.iterdir():  # older checkpoints, and what a killed run left unfinished
+        if path.name.startswith(("model-", "checkpoint.tmp")) and path.stem.split(".")[0] != name:
             path.unlink()
 
 
@@ -640,7 +640,7 @@ def parse_arguments(argv):
 def one_line(error):
     """Return what an exception says, in one line."""
     if isinstance(error, tf.errors.OpError):
-        error = error.message.splitlines()[0]  # without the list of operations behind it
+        error = error.message.split("\n\t [[")[0].splitlines()[-1]  # without where in the graph
     elif isinstance(error, OSError) and error.strerror:
         error = f"{error.filename}: {error.strerror}"
     return " ".join(str(error).split())
