@@ -55,6 +55,7 @@ BATCH_SIZE = 256  # images an iteration
 LEARNING_RATE = 0.001  # Adam's own default
 LOG_EVERY = 100  # iterations from one log line to the next
 CHECKPOINT_EVERY = 500  # iterations, about two seconds of training
+PARTS = ("train", "test")  # of a data set
 HERE = Path(__file__).resolve().parent
 
 
@@ -75,48 +76,36 @@ def load_mnist(path=None):
     (x_train, y_train), (x_test, y_test)
         Images, uint8 (N, 28, 28) from 0 to 255, and labels, integers (N,).
 
-    Raises
-    ------
-    OSError
-        If the file cannot be read, or there is none and it cannot be downloaded.
-    ValueError
-        If the file is not such an archive. Pickled objects are never loaded.
+    Raises OSError if there is no such file, or none at all and no download; ValueError if it is
+    not such an archive. Pickled objects are never loaded.
     """
-    if path is None and (HERE / "data" / "mnist.npz").exists():
-        path = HERE / "data" / "mnist.npz"
     if path is None:
-        try:
-            return tf.keras.datasets.mnist.load_data()
-        except Exception as error:  # Keras raises the bare class
-            raise OSError(
-                f"no data: {HERE / 'data' / 'mnist.npz'} is missing and MNIST cannot be downloaded "
-                f"({error}); get a file mnist.npz and give it with --data FILE"
-            ) from error
+        path = HERE / "data" / "mnist.npz"
+        if not path.exists():
+            try:
+                return tf.keras.datasets.mnist.load_data()
+            except Exception as error:  # Keras raises the bare class
+                raise OSError(
+                    f"no data: {path} is missing and MNIST cannot be downloaded ({error}); get a "
+                    "file mnist.npz and give it with --data FILE"
+                ) from error
     with open(path, "rb") as file:  # a missing file or a directory fails here, by name
         if not zipfile.is_zipfile(file):
             raise ValueError(f"{path}: expected an .npz archive, got another or a truncated file")
-    arrays = {}
     try:
         with np.load(path, allow_pickle=False) as archive:
-            for key in ("x_train", "y_train", "x_test", "y_test"):
-                if key not in archive:
-                    raise ValueError(f"no array {key}; it has {', '.join(archive) or 'none'}")
-                arrays[key] = archive[key]
-        for x, y in (("x_train", "y_train"), ("x_test", "y_test")):
-            images, labels = arrays[x], arrays[y]
-            if images.dtype != np.uint8 or images.shape[1:] != (SIDE, SIDE) or not len(images):
-                raise ValueError(
-                    f"{x} must be uint8 of shape (N, {SIDE}, {SIDE}) with N > 0, "
-                    f"got {images.dtype} {images.shape}"
-                )
-            if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
-                raise ValueError(
-                    f"{y} must be integers of shape ({len(images)},), "
-                    f"got {labels.dtype} {labels.shape}"
-                )
-    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            train, test = ((archive[f"x_{part}"], archive[f"y_{part}"]) for part in PARTS)
+        for part, (x, y) in zip(PARTS, (train, test)):
+            if x.dtype != np.uint8 or x.shape[1:] != (SIDE, SIDE) or not len(x):
+                expected, got = f"x_{part} must be uint8 (N, {SIDE}, {SIDE}) with N > 0", x
+            elif y.dtype.kind not in "iu" or y.shape != x.shape[:1]:
+                expected, got = f"y_{part} must be integers ({len(x)},)", y
+            else:
+                continue
+            raise ValueError(f"{expected}, got {got.dtype} {got.shape}")
+    except (KeyError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path}: not a data set like mnist.npz: {error}") from error
-    return (arrays["x_train"], arrays["y_train"]), (arrays["x_test"], arrays["y_test"])
+    return train, test
 
 
 def scale(images, out=None):
@@ -429,14 +418,12 @@ class Progress:
 
 
 def train(model, sess, x_train, run, args, stopped, save):
-    """Go on with a run up to args.iterations, or until a signal is in the list `stopped`.
+    """Go on with a run up to args.iterations, or until a signal's number is in `stopped`.
 
-    run is its record (see `save_checkpoint`), kept up to date; save() is called for each
-    checkpoint. Raises FloatingPointError where a loss is not finite, with nothing of that
-    iteration saved.
+    The record of the run (see `check_run`) is kept up to date; save() saves it. Raises
+    FloatingPointError where a loss is not finite, with nothing of that iteration saved.
     """
-    # A callable costs less than sess.run; without the losses, graph mode leaves out what only
-    # they need.
+    # Where nobody fetches the losses, graph mode leaves out what only they need.
     update = sess.make_callable(model.opt, feed_list=[model.x])
     progress = Progress(run["iteration"], args.iterations)
     x_batch = batch_memory(args.batch_size)
@@ -514,10 +501,9 @@ def read_run(directory):
 def save_checkpoint(saver, sess, output_dir, run):
     """Save all the variables and the record of their run, then its log as log.csv.
 
-    run has the iteration reached and the iterations asked for, the settings that decide the
-    result, and the log's lines. The variables go to files of a new name, and only when these are
-    complete does run.json, replaced in one step, name them: at every moment it belongs to a whole
-    checkpoint. Raises OSError if that fails; the older checkpoint is then still there.
+    The variables go to files of a new name; only when these are complete does run.json, replaced in
+    one step, name them, so that at every moment it belongs to a whole checkpoint. Raises OSError if
+    that fails; the older checkpoint is then still there.
     """
     directory = output_dir / "checkpoint"
     directory.mkdir(exist_ok=True)
@@ -532,8 +518,9 @@ def save_checkpoint(saver, sess, output_dir, run):
     with whole_file(directory / "run.json") as file:
         file.write(json.dumps(run).encode())
     write_log(output_dir, run)
+    keep = {f"{name}.index", f"{name}.data-00000-of-00001"}
     for path in directory.iterdir():  # older checkpoints, and what a killed run left unfinished
-        if path.name.startswith(("model-", "checkpoint.tmp")) and path.stem.split(".")[0] != name:
+        if path.name.startswith(("model-", "checkpoint.tmp")) and path.name not in keep:
             path.unlink()
 
 
@@ -549,33 +536,31 @@ def check_run(args, settings):
 
     Raises ValueError if that would lose an unfinished run, or mix two runs.
     """
-    output_dir = Path(args.output_dir)
+    output_dir, run = Path(args.output_dir), None
     try:
         run = read_run(output_dir / "checkpoint")
     except ValueError as error:
         if not args.overwrite:
             raise ValueError(f"{error}; --overwrite begins a new run in its place") from error
-        run = None
+    state = run and f"stopped after {run['iteration']} of {run['iterations']} iterations"
     if args.resume:
         if run is None:
             raise ValueError(f"--resume: there is no checkpoint in {output_dir / 'checkpoint'}")
         for name, value in settings.items():
-            if run["settings"].get(name) != value:
+            old, option = run["settings"].get(name), name.replace("_", "-")
+            if old != value:
                 raise ValueError(
-                    f"--resume: --{name.replace('_', '-')} is {value}, but the run in "
-                    f"{output_dir} has {run['settings'].get(name)}"
+                    f"--resume: --{option} is {value}, but the run in {output_dir} has {old}"
                 )
         if args.iterations < run["iteration"] < run["iterations"]:
             raise ValueError(
-                f"--resume: the run in {output_dir} stopped after {run['iteration']} of "
-                f"{run['iterations']} iterations, beyond --iterations {args.iterations}"
+                f"--resume: the run in {output_dir} {state}, beyond --iterations {args.iterations}"
             )
         return {**run, "iterations": max(args.iterations, run["iteration"])}
     if run and not args.overwrite:
         if run["iteration"] < run["iterations"]:
             raise ValueError(
-                f"{output_dir} has a run that stopped after {run['iteration']} of "
-                f"{run['iterations']} iterations: go on with --resume, or replace it with "
+                f"{output_dir} has a run that {state}: go on with --resume, or replace it with "
                 "--overwrite"
             )
         print(f"Replacing the finished run in {output_dir}", flush=True)
