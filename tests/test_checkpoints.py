@@ -110,6 +110,7 @@ def test_resume_goes_on_exactly(unfinished, finished, capsys):
     assert_same_run(unfinished, finished)
 
 
+@pytest.mark.slow
 def test_resume_of_a_finished_run_draws_again_and_can_train_on(run_folder, tmp_path, capsys):
     before = variables(run_folder)
     (run_folder / "latent.png").unlink()
@@ -147,6 +148,7 @@ def test_resume_without_a_checkpoint_is_refused(tmp_path, capsys):
     assert not (tmp_path / "missing").exists()
 
 
+@pytest.mark.slow
 def test_truncated_checkpoint_is_refused(run_folder, capsys):
     directory = run_folder / "checkpoint"
     for path in [*directory.glob("model-*"), directory / "run.json"]:

@@ -13,6 +13,7 @@ from conftest import ROOT, SMALL_RUN, program, run_program
 import vae_mnist
 
 
+@pytest.mark.slow
 def test_same_seed_gives_the_same_log_and_picture(tmp_path):
     first = run_program(*SMALL_RUN, "--output-dir", tmp_path / "a" / "b")
     second = run_program(*SMALL_RUN, "--output-dir", tmp_path / "c")
@@ -40,6 +41,7 @@ def test_losses_fall(tmp_path, capsys):
     assert losses[-1] < 230
 
 
+@pytest.mark.slow
 def test_live_line_is_there_on_a_terminal_only(tmp_path):
     ours, theirs = pty.openpty()
     arguments = ["--iterations", 150, "--output-dir", tmp_path]
@@ -112,8 +114,11 @@ def test_real_process_says_what_is_wrong_in_one_line(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_help_gives_every_option_and_its_default():
-    text = " ".join(run_program("--help").stdout.split())
+def test_help_gives_every_option_and_its_default(capsys):
+    with pytest.raises(SystemExit) as stop:
+        vae_mnist.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0
     for option, default in [
         ("--data FILE", "data/mnist.npz"),
         ("--output-dir DIR", "outputs"),
@@ -122,11 +127,15 @@ def test_help_gives_every_option_and_its_default():
         ("--learning-rate R", "0.001"),
         ("--seed N", "0"),
         ("--log-every N", "100"),
+        ("--checkpoint-every N", "500"),
+        ("--resume", "False"),
+        ("--overwrite", "False"),
         ("--show", "False"),
     ]:
         assert re.search(rf"{option} [^()]*\(default: {default}\)", text), option
 
 
+@pytest.mark.slow
 def test_module_writes_nothing_on_import(tmp_path):
     code = "import os, vae_mnist; print(sorted(os.listdir()), 'TF_CPP_MIN_LOG_LEVEL' in os.environ)"
     environment = {k: v for k, v in os.environ.items() if k != "TF_CPP_MIN_LOG_LEVEL"}
