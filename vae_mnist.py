@@ -452,8 +452,8 @@ def train(model, sess, x_train, run, args, stopped, save):
             random_batch(x_train, args.batch_size, args.seed, i + 1, out=x_batch)
             checked(i + 1, *sess.run([model.kld, model.rec_loss], {model.x: x_batch}))
             save()
-        if stopped:
-            break
+            if stopped:  # asked here alone, so that nothing stops between a check and the save
+                break
         progress.update(i + 1)
     progress.clear()
 
@@ -536,7 +536,7 @@ def check_run(args, settings):
 
     Raises ValueError if that would lose an unfinished run, or mix two runs.
     """
-    output_dir, run = Path(args.output_dir), None
+    output_dir, run = args.output_dir, None
     try:
         run = read_run(output_dir / "checkpoint")
     except ValueError as error:
@@ -596,7 +596,7 @@ def learning_rate(text):
 
 
 def parse_arguments(argv):
-    """Return the options of the command line."""
+    """Return the parser of the command line, and the options."""
     parser = argparse.ArgumentParser(
         prog="vae_mnist.py",
         description="Train a variational autoencoder on MNIST and draw its latent manifold.",
@@ -608,7 +608,7 @@ def parse_arguments(argv):
 
     positive = whole_number(1)
     parser.add_argument("--data", metavar="FILE", help="an .npz archive (default: data/mnist.npz)")
-    add("--output-dir", "where files go, made if missing", "outputs", metavar="DIR")
+    add("--output-dir", "where files go, made if missing", "outputs", type=Path, metavar="DIR")
     add("--iterations", "updates to make", ITERATIONS, type=positive, metavar="N")
     add("--batch-size", "images an iteration", BATCH_SIZE, type=positive, metavar="N")
     add("--learning-rate", "step size of Adam", LEARNING_RATE, type=learning_rate, metavar="R")
@@ -639,7 +639,7 @@ def main(argv=None):
     SystemExit with status 2, as argparse does.
     """
     parser, args = parse_arguments(argv)
-    output_dir = Path(args.output_dir)
+    output_dir = args.output_dir
     try:
         # ignore testing data and labels
         (x_train, _), _ = load_mnist(args.data)

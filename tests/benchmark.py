@@ -179,8 +179,8 @@ def torch_row(compiled):
     import torch
     import torch.nn.functional as F
 
-    import_free_data = np.load(ROOT / "data" / "mnist.npz")["x_train"].reshape(-1, 784)
-    x_train = torch.from_numpy(import_free_data)
+    x_train = np.load(ROOT / "data" / "mnist.npz")["x_train"].reshape(-1, 784)
+    x_train = torch.from_numpy(x_train)
     torch.manual_seed(0)
     layers = torch.nn.ModuleList(torch.nn.Linear(*shape) for shape in LAYERS)
 

@@ -1,7 +1,6 @@
 """Loading the data: what MNIST is, and every way in which a file can be wrong."""
 
 import hashlib
-import shutil
 import struct
 
 import numpy as np
@@ -140,4 +139,3 @@ def test_module_alone_uses_what_keras_has_or_says_how_to_get_it(tmp_path, monkey
     _, err = capsys.readouterr()
     assert stop.value.code == 2 and err.count("\n") == 1 and "--data FILE" in err
     assert not list(tmp_path.iterdir())
-    shutil.rmtree(tmp_path)
