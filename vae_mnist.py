@@ -20,6 +20,7 @@ import argparse
 import hashlib
 import json
 import math
+import mmap
 import os
 import signal
 import sys
@@ -29,7 +30,7 @@ import warnings
 import zipfile
 import zlib
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -113,24 +114,32 @@ def scale(images, out=None):
     return np.divide(images.reshape(-1, PIXELS), np.float32(255), out=out)
 
 
+@lru_cache(maxsize=1)
+def batch_indices(images, batch_size, seed, block):
+    """Return which images the 64 iterations of a block draw, integers (64, B).
+
+    One generator for 64 iterations, since making one is slow after a training step, when all that
+    it needs has left the processor's cache.
+    """
+    return np.random.default_rng([seed, block]).integers(images, size=(64, batch_size))
+
+
 def random_batch(x_train, batch_size, seed, iteration, out=None):
     """Return the batch of an iteration, float32 (B, D), drawn with replacement.
 
     It depends on (seed, iteration) alone, so no generator's state has to outlive an iteration.
     """
-    rng = np.random.default_rng([seed, iteration])
-    batch_idx = rng.integers(len(x_train), size=batch_size)
+    block, row = divmod(iteration, 64)
+    batch_idx = batch_indices(len(x_train), batch_size, seed, block)[row]
     return scale(x_train[batch_idx], out)
 
 
 def batch_memory(batch_size):
     """Return an array for batches, float32 (B, D), that TensorFlow reads in place when it is fed.
 
-    It would copy one that does not start at a multiple of 64 bytes, here 16 elements.
+    It would copy one that does not start at a multiple of 64 bytes, as a new page does.
     """
-    memory = np.empty(batch_size * PIXELS + 16, np.float32)
-    start = -(memory.ctypes.data // memory.itemsize) % 16
-    return memory[start : start + batch_size * PIXELS].reshape(batch_size, PIXELS)
+    return np.frombuffer(mmap.mmap(-1, 4 * batch_size * PIXELS), np.float32).reshape(-1, PIXELS)
 
 
 # --------------------------------------------------------------------------------------- model
@@ -271,13 +280,12 @@ class VAE:
         kld = 0.5 * tf.reduce_sum(tf.exp(log_sig_sq) + tf.square(mu) - 1.0 - log_sig_sq)
         self.kld = kld / images
         self.loss = self.kld + self.rec_loss
-        # All gradients are there before the first update: updates in between would hold up the
-        # products that the other gradients wait for.
-        self.opt = tf.train.AdamOptimizer(learning_rate).minimize(
-            self.loss,
-            global_step=self.iteration,
-            gate_gradients=tf.train.Optimizer.GATE_GRAPH,
-        )
+        adam, ungated = tf.train.AdamOptimizer(learning_rate), tf.train.Optimizer.GATE_NONE
+        gradients, variables = zip(*adam.compute_gradients(self.loss, gate_gradients=ungated))
+        # The first layer's gradient comes last and its update takes longest, so it starts at once.
+        # The other updates wait for all gradients, or they would hold up products on the way there.
+        gradients = [gradients[0], *tf.tuple(gradients)[1:]]
+        self.opt = adam.apply_gradients(zip(gradients, variables), global_step=self.iteration)
 
     def step(self, batch, sess):
         """Make one update on batch, (B, 784) in [0, 1]; return its kld, rec_loss as floats."""

@@ -47,12 +47,28 @@ def test_batch_is_drawn_from_seed_and_iteration_with_replacement():
     batch = vae_mnist.random_batch(x_train, 3000, seed=5, iteration=9)
     assert batch.dtype == np.float32 and batch.shape == (3000, 784)
     assert np.array_equal(batch, vae_mnist.random_batch(x_train, 3000, seed=5, iteration=9))
-    for other in [(5, 10), (6, 9), (9, 5)]:
+    for other in [(5, 10), (6, 9), (9, 5), (5, 73)]:  # 64 iterations are drawn together
         assert not np.array_equal(batch, vae_mnist.random_batch(x_train, 3000, *other))
     counts = np.bincount(np.rint(batch[:, 0] * 255).astype(int), minlength=60)
     assert len(counts) == 60
     chi_square = np.sum((counts - 50) ** 2 / 50)  # 59 degrees of freedom
     assert 25 < chi_square < 110
+
+
+def test_every_iteration_draws_another_batch_in_whatever_order():
+    x_train = np.zeros((60000, 28, 28), np.uint8)
+    x_train[:, 0, 0], x_train[:, 0, 1] = np.divmod(np.arange(60000), 256)  # each image its number
+    forwards = [vae_mnist.random_batch(x_train, 4, 0, i) for i in range(200)]
+    backwards = [vae_mnist.random_batch(x_train, 4, 0, i) for i in reversed(range(200))]
+    assert np.array_equal(forwards, backwards[::-1])
+    assert len({batch.tobytes() for batch in forwards}) == 200
+
+
+def test_batch_memory_is_aligned_as_tensorflow_needs_it_to_read_in_place():
+    for batch_size in (1, 3, 256):
+        memory = vae_mnist.batch_memory(batch_size)
+        assert memory.shape == (batch_size, 784) and memory.dtype == np.float32
+        assert memory.ctypes.data % 64 == 0 and memory.flags.writeable and memory.flags.c_contiguous
 
 
 def test_pixels_are_scaled_as_in_the_tutorial():
