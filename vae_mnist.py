@@ -51,18 +51,16 @@ if __name__ == "__main__":
 SIDE = 28  # pixels along an edge of an image
 PIXELS = SIDE**2  # D
 LATENT = 2  # K, two so that the codes can be drawn in a plane
+DECODERS = {"tutorial": [256, 128, 64], "mirrored": [64, 128, 256]}  # units of the ELU layers
 ITERATIONS = 5000  # a bit over 21 passes over the 60,000 images
 BATCH_SIZE = 256  # images an iteration
 LEARNING_RATE = 0.001  # Adam's own default
 LOG_EVERY = 100  # iterations from one log line to the next
 CHECKPOINT_EVERY = 500  # iterations, about two seconds of training
-PARTS = ("train", "test")  # of a data set
 HERE = Path(__file__).resolve().parent
 
 
 # ---------------------------------------------------------------------------------------- data
-
-
 def load_mnist(path=None):
     """Load MNIST, or a data set of the same form such as Fashion-MNIST.
 
@@ -95,8 +93,9 @@ def load_mnist(path=None):
             raise ValueError(f"{path}: expected an .npz archive, got another or a truncated file")
     try:
         with np.load(path, allow_pickle=False) as archive:
-            train, test = ((archive[f"x_{part}"], archive[f"y_{part}"]) for part in PARTS)
-        for part, (x, y) in zip(PARTS, (train, test)):
+            data = {name: archive[name] for name in ("x_train", "y_train", "x_test", "y_test")}
+        for part in ("train", "test"):
+            x, y = data[f"x_{part}"], data[f"y_{part}"]
             if x.dtype != np.uint8 or x.shape[1:] != (SIDE, SIDE) or not len(x):
                 expected, got = f"x_{part} must be uint8 (N, {SIDE}, {SIDE}) with N > 0", x
             elif y.dtype.kind not in "iu" or y.shape != x.shape[:1]:
@@ -106,7 +105,7 @@ def load_mnist(path=None):
             raise ValueError(f"{expected}, got {got.dtype} {got.shape}")
     except (KeyError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path}: not a data set like mnist.npz: {error}") from error
-    return train, test
+    return (data["x_train"], data["y_train"]), (data["x_test"], data["y_test"])
 
 
 def scale(images, out=None):
@@ -143,8 +142,6 @@ def batch_memory(batch_size):
 
 
 # --------------------------------------------------------------------------------------- model
-
-
 def shard_count():
     """Return how many shards of a batch to compute side by side: 2, or 1 on one core or a GPU.
 
@@ -206,6 +203,11 @@ def cross_entropy(x, logits):
     return loss, lambda upstream: (-upstream * logits, upstream * (tf.sigmoid(logits) - x))
 
 
+def log_likelihood(x, logits):
+    """Return log p(x | z) = x . l(z) - sum softplus(l(z)) of images and logits: (images, codes)."""
+    return tf.matmul(x, logits, transpose_b=True) - tf.reduce_sum(tf.nn.softplus(logits), axis=1)
+
+
 def check_shape(name, array, *shape):
     """Return array as float32; raise ValueError unless it has B rows of the given shape."""
     array = np.asarray(array, np.float32)
@@ -228,6 +230,9 @@ class VAE:
     shards : int, optional
         Parts of a batch that are computed side by side. They change no result but by rounding.
         Default: what `shard_count` finds best for the machine.
+    decoder : {"tutorial", "mirrored"}, default "tutorial"
+        The decoder of the tutorial's listing, which repeats the encoder's layers down to 4 linear
+        units, or the one that its text describes, which widens up to the image.
 
     Attributes
     ----------
@@ -237,12 +242,16 @@ class VAE:
         Mean and logarithm of the variance of q(z | x).
     kld, rec_loss, loss : tensors, float32 scalars
         Equations (1) and (2), averaged over the batch, and their sum, in nats an image.
+    log_px_z : tensor, float32 (images, codes)
+        log p(x | z) in nats of every image of x with every code of z.
     opt : operation
         One update of all the variables by Adam; it also counts `iteration` up.
     """
 
-    def __init__(self, learning_rate=LEARNING_RATE, seed=0, shards=None):
-        shards = shards or shard_count()
+    def __init__(self, learning_rate=LEARNING_RATE, seed=0, shards=None, decoder="tutorial"):
+        if decoder not in DECODERS:
+            raise ValueError(f"decoder must be one of {', '.join(DECODERS)}, got {decoder!r}")
+        self.decoder, shards = decoder, shards or shard_count()
         tf.set_random_seed(seed)
         self.iteration = tf.train.get_or_create_global_step()  # updates made, int64
 
@@ -265,12 +274,16 @@ class VAE:
         self.z = tf.add(mu, tf.exp(log_sig_sq / 2) * eps, name="z")
 
         fc = split(self.z, shards)
-        for n in [256, 128, 64]:
+        for n in DECODERS[decoder]:
             fc = dense(fc, units=n, activation=tf.nn.elu)
-        fc = dense(fc, units=4)
+        if decoder == "tutorial":
+            fc = dense(fc, units=4)
         logits = dense(fc, units=PIXELS)
         # sigmoid bounds answer to [0,1] for images
         self.rec = tf.sigmoid(join(logits), name="rec")
+
+        # Of all images with all codes; only a report fetches it, and graph mode runs it only then.
+        self.log_px_z = tf.concat([log_likelihood(self.x, shard) for shard in logits], axis=1)
 
         # Both losses are summed over pixels or dimensions and averaged over the batch.
         images = tf.cast(batch_size, tf.float32)
@@ -310,6 +323,9 @@ class VAE:
         if it is of another network.
         """
         run = read_run(directory)
+        held = run["settings"]["decoder"] if run else self.decoder
+        if held != self.decoder:
+            raise ValueError(f"{directory}: has the {held} decoder, not the {self.decoder} one")
         prefix = f"{directory}/{run['model']}" if run else tf.train.latest_checkpoint(directory)
         if prefix is None:
             raise ValueError(f"{directory}: expected a directory with a checkpoint, found none")
@@ -328,8 +344,6 @@ class VAE:
 
 
 # ------------------------------------------------------------------------------------ pictures
-
-
 @contextmanager
 def whole_file(path):
     """Open a binary file that takes path's place once it is complete, and never before."""
@@ -399,30 +413,10 @@ def display_manifold(model, sess, path, show=False):
 
 
 # ------------------------------------------------------------------------------------ training
-
-
-class Progress:
-    """A live line on a terminal's standard error: the share done, the speed, the time left."""
-
-    def __init__(self, first, iterations):
-        self.first, self.iterations = first, iterations
-        self.start, self.shown = time.monotonic(), 0
-        self.live = sys.stderr.isatty()
-
-    def update(self, done):
-        """Show the line again, at most five times a second."""
-        now = time.monotonic()
-        if self.live and now - self.shown > 0.2:
-            self.shown = now
-            speed = (done - self.first) / (now - self.start)
-            left = (self.iterations - done) / speed
-            line = f"{done / self.iterations:4.0%}, {speed:.0f} iterations/s, {left:.0f} s left"
-            print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
-
-    def clear(self):
-        """Remove the line, so that another can be printed in its place."""
-        if self.live:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
+def live_line(text=""):
+    """Show text in place of the live line on a terminal's standard error, and nowhere else."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 
 def train(model, sess, x_train, run, args, stopped, save):
@@ -433,62 +427,63 @@ def train(model, sess, x_train, run, args, stopped, save):
     """
     # Where nobody fetches the losses, graph mode leaves out what only they need.
     update = sess.make_callable(model.opt, feed_list=[model.x])
-    progress = Progress(run["iteration"], args.iterations)
     x_batch = batch_memory(args.batch_size)
+    first, last = run["iteration"], args.iterations
+    start = shown = time.monotonic()
 
     def checked(i, kld, rec_loss):
         if not math.isfinite(kld + rec_loss):
-            progress.clear()
+            live_line()
             raise FloatingPointError(
                 f"iteration {i}: KLD = {kld:f}, RecLoss = {rec_loss:f}, so training stopped; "
                 f"try a lower --learning-rate than {args.learning_rate}"
             )
         return kld, rec_loss
 
-    for i in range(run["iteration"], args.iterations):
+    for i in range(first, last):
         random_batch(x_train, args.batch_size, args.seed, i, out=x_batch)
         if i % args.log_every == 0:
             kld, rec_loss = checked(i, *model.step(x_batch, sess))
             run["log"].append([i, kld, rec_loss])
-            progress.clear()
+            live_line()
             print(f"Iteration {i}: KLD = {kld:f}, RecLoss = {rec_loss:f}", flush=True)
         else:
             update(x_batch)
-        run["iteration"] = i + 1
-        if (i + 1) % args.checkpoint_every == 0 or i + 1 == args.iterations or stopped:
+        done = run["iteration"] = i + 1
+        if done % args.checkpoint_every == 0 or done == last or stopped:
             # The next iteration's losses show whether the weights to be saved are sound.
-            random_batch(x_train, args.batch_size, args.seed, i + 1, out=x_batch)
-            checked(i + 1, *sess.run([model.kld, model.rec_loss], {model.x: x_batch}))
+            random_batch(x_train, args.batch_size, args.seed, done, out=x_batch)
+            checked(done, *sess.run([model.kld, model.rec_loss], {model.x: x_batch}))
             save()
             if stopped:  # asked here alone, so that nothing stops between a check and the save
                 break
-        progress.update(i + 1)
-    progress.clear()
+        if time.monotonic() - shown > 0.2:
+            shown = time.monotonic()
+            speed = (done - first) / (shown - start)
+            left = (last - done) / speed
+            live_line(f"{done / last:4.0%}, {speed:.0f} iterations/s, {left:.0f} s left")
+    live_line()
 
 
 @contextmanager
 def stop_signals():
     """Yield a list that gets the number of a SIGINT or SIGTERM; a second one ends the process."""
-    stopped = []
+    stopped, numbers = [], (signal.SIGINT, signal.SIGTERM)
 
     def note(number, _):
         stopped.append(number)
-        for each in previous:
+        for each in numbers:
             signal.signal(each, signal.SIG_DFL)
 
-    previous = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
-    for each in previous:
-        signal.signal(each, note)
+    previous = [signal.signal(each, note) for each in numbers]
     try:
         yield stopped
     finally:
-        for each, handler in previous.items():
+        for each, handler in zip(numbers, previous):
             signal.signal(each, handler)
 
 
 # --------------------------------------------------------------------------------- checkpoints
-
-
 def read_run(directory):
     """Return the record of the newest complete checkpoint in a directory, None if it has none.
 
@@ -498,6 +493,7 @@ def read_run(directory):
     try:
         run = json.loads(path.read_bytes())
         if {"model", "iteration", "iterations", "settings", "log"} <= run.keys():
+            run["settings"].setdefault("decoder", "tutorial")  # once there was no other
             return run
     except (FileNotFoundError, NotADirectoryError):
         return None
@@ -577,30 +573,19 @@ def check_run(args, settings):
 
 
 # -------------------------------------------------------------------------------- command line
-
-
-def whole_number(least):
-    """Return a function that reads an argument: a whole number from least to 2^31 - 1."""
+def number(kind, least, most, expected):
+    """Return a function that reads an argument: a number of a kind, from least to most."""
 
     def read(text):
-        if not text.isdecimal() or not least <= int(text) < 2**31:
-            raise argparse.ArgumentTypeError(
-                f"expected a whole number from {least} to {2**31 - 1}, got {text!r}"
-            )
-        return int(text)
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+        return value
 
     return read
-
-
-def learning_rate(text):
-    """Read an argument: a number that is above zero and finite as a float32."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value <= np.finfo(np.float32).max or not np.float32(value) > 0:
-        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
-    return value
 
 
 def parse_arguments(argv):
@@ -614,13 +599,21 @@ def parse_arguments(argv):
     def add(name, text, default, to=parser, **how):
         to.add_argument(name, default=default, help=f"{text} (default: %(default)s)", **how)
 
-    positive = whole_number(1)
+    positive = number(int, 1, 2**31 - 1, "a whole number from 1 to 2147483647")
+    seed = number(int, 0, 2**31 - 1, "a whole number from 0 to 2147483647")
+    rate = number(float, 1e-30, 1e30, "a number above 0, from 1e-30 to 1e30")
     parser.add_argument("--data", metavar="FILE", help="an .npz archive (default: data/mnist.npz)")
     add("--output-dir", "where files go, made if missing", "outputs", type=Path, metavar="DIR")
     add("--iterations", "updates to make", ITERATIONS, type=positive, metavar="N")
     add("--batch-size", "images an iteration", BATCH_SIZE, type=positive, metavar="N")
-    add("--learning-rate", "step size of Adam", LEARNING_RATE, type=learning_rate, metavar="R")
-    add("--seed", "decides everything random", 0, type=whole_number(0), metavar="N")
+    add("--learning-rate", "step size of Adam", LEARNING_RATE, type=rate, metavar="R")
+    add(
+        "--decoder",
+        "decoder of the tutorial's listing, or of its text",
+        "tutorial",
+        choices=DECODERS,
+    )
+    add("--seed", "decides everything random", 0, type=seed, metavar="N")
     add("--log-every", "iterations a log line", LOG_EVERY, type=positive, metavar="N")
     add("--checkpoint-every", "iterations a save", CHECKPOINT_EVERY, type=positive, metavar="N")
     group = parser.add_mutually_exclusive_group()
@@ -651,7 +644,9 @@ def main(argv=None):
     try:
         # ignore testing data and labels
         (x_train, _), _ = load_mnist(args.data)
-        settings = {name: getattr(args, name) for name in ("seed", "batch_size", "learning_rate")}
+        settings = {
+            name: getattr(args, name) for name in ("decoder", "seed", "batch_size", "learning_rate")
+        }
         settings["data"] = "sha256:" + hashlib.sha256(x_train).hexdigest()
         run = check_run(args, settings)
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -661,7 +656,7 @@ def main(argv=None):
         parser.error(one_line(error))
     try:
         with tf.Graph().as_default(), stop_signals() as stopped:
-            model = VAE(args.learning_rate, args.seed)
+            model = VAE(args.learning_rate, args.seed, decoder=args.decoder)
             saver = tf.train.Saver(max_to_keep=None, save_relative_paths=True)
             with session() as sess:
                 if args.resume:

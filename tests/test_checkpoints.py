@@ -128,7 +128,12 @@ def test_resume_of_a_finished_run_draws_again_and_can_train_on(
 
 @pytest.mark.parametrize(
     ("option", "value", "old"),
-    [("--seed", 5, "0"), ("--batch-size", 9, "8"), ("--learning-rate", 0.5, "0.001")],
+    [
+        ("--seed", 5, "0"),
+        ("--batch-size", 9, "8"),
+        ("--learning-rate", 0.5, "0.001"),
+        ("--decoder", "mirrored", "tutorial"),
+    ],
 )
 def test_resume_with_another_setting_is_refused(option, value, old, run_folder, capsys):
     err = refused(capsys, run_folder, "--resume", option, value)
@@ -270,6 +275,27 @@ def test_checkpoint_of_the_tutorials_own_program_gives_the_same_results(mnist):
     np.testing.assert_allclose(kld, expected["kld"], rtol=1e-5)
     np.testing.assert_allclose(rec[:8], expected["rec"], atol=5e-6)
     np.testing.assert_allclose(rec_loss, expected["rec_loss"], rtol=1e-5)
+
+
+def test_checkpoint_of_the_other_decoder_is_refused_by_name(finished, run_folder):
+    with built(decoder="mirrored") as (model, sess):
+        with pytest.raises(ValueError, match="has the tutorial decoder, not the mirrored one"):
+            model.restore(finished / "checkpoint", sess)
+        with pytest.raises(ValueError, match="of another network: dense_4/kernel must be"):
+            model.restore(TUTORIAL, sess)
+    # A run from before there was a choice has the tutorial's decoder, and can be resumed.
+    record = run_folder / "checkpoint" / "run.json"
+    run = json.loads(record.read_text())
+    del run["settings"]["decoder"]
+    record.write_text(json.dumps(run))
+    assert main(run_folder, "--resume") == 0
+
+
+def test_mirrored_run_resumes_with_its_decoder_alone(tmp_path, capsys):
+    assert main(tmp_path, "--decoder", "mirrored") == 0
+    assert "--decoder is tutorial" in refused(capsys, tmp_path, "--resume")
+    assert main(tmp_path, "--decoder", "mirrored", "--resume", "--iterations", "8") == 0
+    assert np.frombuffer(variables(tmp_path)["dense_7/kernel"], np.float32).size == 256 * 784
 
 
 def test_restore_refuses_a_directory_without_a_checkpoint(tmp_path):

@@ -77,6 +77,7 @@ BAD_OPTIONS = [
     ("--learning-rate", "-0.1", "above 0"),
     ("--learning-rate", "1e-60", "above 0"),
     ("--learning-rate", "fast", "above 0"),
+    ("--decoder", "large", "mirrored"),
 ]
 
 
@@ -125,6 +126,7 @@ def test_help_gives_every_option_and_its_default(capsys):
         ("--iterations N", "5000"),
         ("--batch-size N", "256"),
         ("--learning-rate R", "0.001"),
+        ("--decoder {tutorial,mirrored}", "tutorial"),
         ("--seed N", "0"),
         ("--log-every N", "100"),
         ("--checkpoint-every N", "500"),
