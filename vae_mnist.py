@@ -57,6 +57,10 @@ BATCH_SIZE = 256  # images an iteration
 LEARNING_RATE = 0.001  # Adam's own default
 LOG_EVERY = 100  # iterations from one log line to the next
 CHECKPOINT_EVERY = 500  # iterations, about two seconds of training
+SETTINGS = ("decoder", "seed", "batch_size", "learning_rate")  # that decide a run's result
+# Ten colours that colour-blind people can tell apart: Petroff 2021, arXiv:2107.02270.
+COLOURS = ["#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6",
+           "#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd"]  # fmt: skip
 HERE = Path(__file__).resolve().parent
 
 
@@ -78,16 +82,12 @@ def load_mnist(path=None):
     Raises OSError if there is no such file, or none at all and no download; ValueError if it is
     not such an archive. Pickled objects are never loaded.
     """
-    if path is None:
-        path = HERE / "data" / "mnist.npz"
-        if not path.exists():
-            try:
-                return tf.keras.datasets.mnist.load_data()
-            except Exception as error:  # Keras raises the bare class
-                raise OSError(
-                    f"no data: {path} is missing and MNIST cannot be downloaded ({error}); get a "
-                    "file mnist.npz and give it with --data FILE"
-                ) from error
+    if path is None and not (path := HERE / "data" / "mnist.npz").exists():
+        try:
+            return tf.keras.datasets.mnist.load_data()
+        except Exception as error:  # Keras raises the bare class
+            reason = f"no data: {path} is missing and MNIST cannot be downloaded ({error})"
+            raise OSError(f"{reason}; get a file mnist.npz and give it with --data FILE") from error
     with open(path, "rb") as file:  # a missing file or a directory fails here, by name
         if not zipfile.is_zipfile(file):
             raise ValueError(f"{path}: expected an .npz archive, got another or a truncated file")
@@ -155,24 +155,16 @@ def shard_count():
 
 def session():
     """Open a session on the current graph, with one thread for each shard of a batch."""
-    config = tf.ConfigProto()
-    config.gpu_options.allow_growth = True  # a GPU's memory as needed, not all of it
-    if shard_count() > 1:
-        config.intra_op_parallelism_threads = 1
-        config.inter_op_parallelism_threads = shard_count()
+    shards = shard_count()
+    threads = {"intra_op_parallelism_threads": 1, "inter_op_parallelism_threads": shards}
+    options = tf.GPUOptions(allow_growth=True)  # a GPU's memory as needed, not all of it
+    config = tf.ConfigProto(gpu_options=options, **(threads if shards > 1 else {}))
     return tf.Session(config=config)
 
 
 def split(batch, shards):
     """Split a tensor into shards along its first axis; the last takes what is left over."""
-    if shards == 1:
-        return [batch]
     return tf.split(batch, [tf.shape(batch)[0] // shards] * (shards - 1) + [-1])
-
-
-def join(shards):
-    """Join shards again along their first axis."""
-    return tf.concat(shards, axis=0) if len(shards) > 1 else shards[0]
 
 
 def dense(fc, units, activation=None):
@@ -201,11 +193,6 @@ def cross_entropy(x, logits):
     """
     loss = tf.reduce_sum(tf.nn.softplus(logits) - x * logits)
     return loss, lambda upstream: (-upstream * logits, upstream * (tf.sigmoid(logits) - x))
-
-
-def log_likelihood(x, logits):
-    """Return log p(x | z) = x . l(z) - sum softplus(l(z)) of images and logits: (images, codes)."""
-    return tf.matmul(x, logits, transpose_b=True) - tf.reduce_sum(tf.nn.softplus(logits), axis=1)
 
 
 def check_shape(name, array, *shape):
@@ -261,7 +248,7 @@ class VAE:
         fc = x = split(self.x, shards)
         for n in [256, 128, 64]:
             fc = dense(fc, units=n, activation=tf.nn.elu)
-        fc = join(dense(fc, units=2 * LATENT))
+        fc = tf.concat(dense(fc, units=2 * LATENT), axis=0)
         # estimate log sigma^2 for numerical stability
         mu, log_sig_sq = self.mu, self.log_sig_sq = tf.split(fc, 2, axis=1)  # (B, K) each
 
@@ -280,10 +267,13 @@ class VAE:
             fc = dense(fc, units=4)
         logits = dense(fc, units=PIXELS)
         # sigmoid bounds answer to [0,1] for images
-        self.rec = tf.sigmoid(join(logits), name="rec")
+        self.rec = tf.sigmoid(tf.concat(logits, axis=0), name="rec")
 
-        # Of all images with all codes; only a report fetches it, and graph mode runs it only then.
-        self.log_px_z = tf.concat([log_likelihood(self.x, shard) for shard in logits], axis=1)
+        # log p(x | z) = x . logits - sum softplus(logits), of all images with all codes: graph mode
+        # computes it for a report, which fetches it, and leaves it out of training
+        normalizer = [tf.reduce_sum(tf.nn.softplus(shard), axis=1) for shard in logits]
+        dot = [tf.matmul(self.x, shard, transpose_b=True) for shard in logits]
+        self.log_px_z = tf.concat(dot, axis=1) - tf.concat(normalizer, axis=0)
 
         # Both losses are summed over pixels or dimensions and averaged over the batch.
         images = tf.cast(batch_size, tf.float32)
@@ -323,18 +313,15 @@ class VAE:
         if it is of another network.
         """
         run = read_run(directory)
-        held = run["settings"]["decoder"] if run else self.decoder
-        if held != self.decoder:
+        if run and (held := run["settings"]["decoder"]) != self.decoder:
             raise ValueError(f"{directory}: has the {held} decoder, not the {self.decoder} one")
         prefix = f"{directory}/{run['model']}" if run else tf.train.latest_checkpoint(directory)
         if prefix is None:
             raise ValueError(f"{directory}: expected a directory with a checkpoint, found none")
         try:
             shapes = tf.train.load_checkpoint(prefix).get_variable_to_shape_map()
-            for variable in tf.trainable_variables():
-                name, shape = variable.op.name, variable.shape.as_list()
-                if shapes.get(name) != shape:
-                    found = shapes.get(name, "missing")
+            for name, shape in ((v.op.name, v.shape.as_list()) for v in tf.trainable_variables()):
+                if (found := shapes.get(name, "missing")) != shape:
                     raise ValueError(f"of another network: {name} must be {shape}, is {found}")
             sess.run(tf.global_variables_initializer())
             saved = [v for v in tf.global_variables() if v.op.name in shapes]
@@ -355,6 +342,12 @@ def whole_file(path):
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def save_picture(fig, path):
+    """Write a figure as a PNG file, whole or not at all."""
+    with whole_file(path) as file:
+        fig.savefig(file, format="png")
 
 
 def display_manifold(model, sess, path, show=False):
@@ -383,13 +376,10 @@ def display_manifold(model, sess, path, show=False):
     figure = digits.swapaxes(1, 2).reshape(n * SIDE, n * SIDE)
 
     left, bottom, width, height = 70, 60, n * SIDE + 90, n * SIDE + 80  # pixels of the file
-    size = {"figsize": (width / 100, height / 100), "dpi": 100}
     if show:
         from matplotlib import pyplot as plt
-
-        fig = plt.figure(**size)
-    else:
-        fig = matplotlib.figure.Figure(**size)
+    new_figure = plt.figure if show else matplotlib.figure.Figure
+    fig = new_figure(figsize=(width / 100, height / 100), dpi=100)
     area = (left / width, bottom / height, n * SIDE / width, n * SIDE / height)
     edges = (-0.5, n * SIDE - 0.5)
     axes = fig.add_axes(area, xlabel="z[0]", ylabel="z[1]", xlim=edges, ylim=edges[::-1])
@@ -402,8 +392,7 @@ def display_manifold(model, sess, path, show=False):
     ticks = (coordinates + 2) / 4 * (n - 1) * SIDE + (SIDE - 1) / 2  # centres of the images
     axes.set_xticks(ticks, coordinates)
     axes.set_yticks(ticks[::-1], coordinates)
-    with whole_file(path) as file:
-        fig.savefig(file, format="png")
+    save_picture(fig, path)
     if show:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # without a display there is no window, only the file
@@ -431,37 +420,39 @@ def train(model, sess, x_train, run, args, stopped, save):
     first, last = run["iteration"], args.iterations
     start = shown = time.monotonic()
 
-    def checked(i, kld, rec_loss):
+    def losses(i, kld, rec_loss):
+        text = f"KLD = {kld:f}, RecLoss = {rec_loss:f}"
         if not math.isfinite(kld + rec_loss):
             live_line()
-            raise FloatingPointError(
-                f"iteration {i}: KLD = {kld:f}, RecLoss = {rec_loss:f}, so training stopped; "
-                f"try a lower --learning-rate than {args.learning_rate}"
-            )
-        return kld, rec_loss
+            remedy = f"try a lower --learning-rate than {args.learning_rate}"
+            raise FloatingPointError(f"iteration {i}: {text}, so training stopped; {remedy}")
+        return text
 
     for i in range(first, last):
         random_batch(x_train, args.batch_size, args.seed, i, out=x_batch)
         if i % args.log_every == 0:
-            kld, rec_loss = checked(i, *model.step(x_batch, sess))
+            kld, rec_loss = model.step(x_batch, sess)
+            text = losses(i, kld, rec_loss)
             run["log"].append([i, kld, rec_loss])
             live_line()
-            print(f"Iteration {i}: KLD = {kld:f}, RecLoss = {rec_loss:f}", flush=True)
+            print(f"Iteration {i}: {text}", flush=True)
         else:
             update(x_batch)
         done = run["iteration"] = i + 1
         if done % args.checkpoint_every == 0 or done == last or stopped:
             # The next iteration's losses show whether the weights to be saved are sound.
             random_batch(x_train, args.batch_size, args.seed, done, out=x_batch)
-            checked(done, *sess.run([model.kld, model.rec_loss], {model.x: x_batch}))
+            losses(done, *sess.run([model.kld, model.rec_loss], {model.x: x_batch}))
             save()
             if stopped:  # asked here alone, so that nothing stops between a check and the save
                 break
         if time.monotonic() - shown > 0.2:
             shown = time.monotonic()
             speed = (done - first) / (shown - start)
-            left = (last - done) / speed
-            live_line(f"{done / last:4.0%}, {speed:.0f} iterations/s, {left:.0f} s left")
+            text = (
+                f"{done / last:4.0%}, {speed:.0f} iterations/s, {(last - done) / speed:.0f} s left"
+            )
+            live_line(text)
     live_line()
 
 
@@ -509,11 +500,10 @@ def save_checkpoint(saver, sess, output_dir, run):
     one step, name them, so that at every moment it belongs to a whole checkpoint. Raises OSError if
     that fails; the older checkpoint is then still there.
     """
-    directory = output_dir / "checkpoint"
-    directory.mkdir(exist_ok=True)
-    name = f"model-{run['iteration']}"
+    directory, name = output_dir / "checkpoint", f"model-{run['iteration']}"
     if name == run.get("model"):  # what is to be replaced ended at the same iteration
         name += "-new"
+    directory.mkdir(exist_ok=True)
     try:
         saver.save(sess, str(directory / name), write_meta_graph=False)
     except (tf.errors.OpError, ValueError) as error:
@@ -522,17 +512,16 @@ def save_checkpoint(saver, sess, output_dir, run):
     with whole_file(directory / "run.json") as file:
         file.write(json.dumps(run).encode())
     write_log(output_dir, run)
-    keep = {f"{name}.index", f"{name}.data-00000-of-00001"}
     for path in directory.iterdir():  # older checkpoints, and what a killed run left unfinished
-        if path.name.startswith(("model-", "checkpoint.tmp")) and path.name not in keep:
+        if path.name.startswith(("model-", "checkpoint.tmp")) and path.stem != name:
             path.unlink()
 
 
 def write_log(output_dir, run):
     """Write the lines of the run's log, at full precision, as log.csv."""
-    lines = ["iteration,kld,rec_loss"] + [",".join(map(repr, line)) for line in run["log"]]
+    lines = ["iteration,kld,rec_loss", *(",".join(map(repr, line)) for line in run["log"]), ""]
     with whole_file(output_dir / "log.csv") as file:
-        file.write(("\n".join(lines) + "\n").encode())
+        file.write("\n".join(lines).encode())
 
 
 def check_run(args, settings):
@@ -540,36 +529,162 @@ def check_run(args, settings):
 
     Raises ValueError if that would lose an unfinished run, or mix two runs.
     """
-    output_dir, run = args.output_dir, None
+    directory, run = args.output_dir / "checkpoint", None
     try:
-        run = read_run(output_dir / "checkpoint")
+        run = read_run(directory)
     except ValueError as error:
         if not args.overwrite:
             raise ValueError(f"{error}; --overwrite begins a new run in its place") from error
-    state = run and f"stopped after {run['iteration']} of {run['iterations']} iterations"
+    if args.resume and not run:
+        raise ValueError(f"--resume: there is no checkpoint in {directory}")
+    if run:
+        unfinished = run["iteration"] < run["iterations"]
+        state = f"the run in {args.output_dir} stopped after {run['iteration']} of "
+        state += f"{run['iterations']} iterations"
     if args.resume:
-        if run is None:
-            raise ValueError(f"--resume: there is no checkpoint in {output_dir / 'checkpoint'}")
         for name, value in settings.items():
-            old, option = run["settings"].get(name), name.replace("_", "-")
-            if old != value:
-                raise ValueError(
-                    f"--resume: --{option} is {value}, but the run in {output_dir} has {old}"
-                )
-        if args.iterations < run["iteration"] < run["iterations"]:
-            raise ValueError(
-                f"--resume: the run in {output_dir} {state}, beyond --iterations {args.iterations}"
-            )
+            if value != (old := run["settings"].get(name)):
+                option = f"--{name.replace('_', '-')} is {value}"
+                raise ValueError(f"--resume: {option}, but the run in {args.output_dir} has {old}")
+        if unfinished and args.iterations < run["iteration"]:
+            raise ValueError(f"--resume: {state}, beyond --iterations {args.iterations}")
         return {**run, "iterations": max(args.iterations, run["iteration"])}
     if run and not args.overwrite:
-        if run["iteration"] < run["iterations"]:
-            raise ValueError(
-                f"{output_dir} has a run that {state}: go on with --resume, or replace it with "
-                "--overwrite"
-            )
-        print(f"Replacing the finished run in {output_dir}", flush=True)
+        if unfinished:
+            raise ValueError(f"{state}: go on with --resume, or replace it with --overwrite")
+        print(f"Replacing the finished run in {args.output_dir}", flush=True)
     new = {"iteration": 0, "iterations": args.iterations, "settings": settings, "log": []}
     return {**new, "model": run and run["model"]}
+
+
+# -------------------------------------------------------------------------------------- report
+def evaluate(model, sess, images, seed=0, reach=6.0, step=0.03, stopped=()):
+    """Measure what a model has learnt of images, uint8 (N, 28, 28), in nats an image.
+
+    Parameters
+    ----------
+    seed : int, default 0
+        Decides the samples of z, 100 an image.
+    reach, step : float, default 6.0 and 0.03
+        Of the grid of codes, over [-reach, reach] in both dimensions.
+    stopped : sequence, default ()
+        As soon as there is something in it, the measuring ends and None is returned.
+
+    Returns
+    -------
+    dict of str to ndarray of shape (N,), float64
+        "RecLoss", "KLD", "-ELBO": equations (2), averaged over the samples, (1), and their sum.
+        "IW bound": the importance-weighted bound, -log 1/100 sum_k p(x, z_k) / q(z_k | x) (Burda,
+        Grosse and Salakhutdinov 2015, arXiv:1509.00519). "NLL": the negative log-likelihood itself,
+        -log of the integral of N(z; 0, I) p(x | z) dz, as a sum over the grid.
+    """
+    rng, x = np.random.default_rng(seed), scale(images)
+    log_px_z = sess.make_callable(model.log_px_z, feed_list=[model.x, model.z])
+    mu, log_sig_sq = np.float64(model.encode(x, sess))
+    kld = 0.5 * np.sum(np.exp(log_sig_sq) - log_sig_sq + mu**2 - 1, axis=1)
+    rec_loss, iw_bound = np.empty((2, len(x)))
+    for i, (mean, log_var) in enumerate(zip(mu, log_sig_sq)):
+        if stopped:
+            return None
+        eps = rng.standard_normal((100, LATENT))
+        z = mean + np.exp(log_var / 2) * eps
+        log_px = np.float64(log_px_z(x[i : i + 1], z)[0])
+        rec_loss[i] = -np.mean(log_px)
+        log_ratio = log_px + 0.5 * np.sum(eps**2 - z**2 + log_var, axis=1)
+        iw_bound[i] = np.log(100) - np.logaddexp.reduce(log_ratio)
+
+    grid = np.linspace(-reach, reach, round(2 * reach / step) + 1)
+    codes = np.stack(np.meshgrid(grid, grid), axis=-1).reshape(-1, LATENT)
+    log_px = np.full(len(x), -np.inf)
+    for z in np.array_split(codes, 1 + len(codes) // 500):  # in blocks: memory stays small
+        if stopped:
+            return None
+        log_joint = log_px_z(x, z) - np.float32(np.sum(z**2, axis=1) / 2)
+        largest = log_joint.max(axis=1)
+        total = np.sum(np.exp(log_joint - largest[:, None]), axis=1, dtype=np.float64)
+        log_px = np.logaddexp(log_px, largest + np.log(total))
+    nll = np.log(2 * np.pi / (grid[1] - grid[0]) ** 2) - log_px
+    names = ("RecLoss", "KLD", "-ELBO", "IW bound", "NLL")
+    return dict(zip(names, (rec_loss, kld, rec_loss + kld, iw_bound, nll)))
+
+
+def draw_codes(mu, labels, title, path):
+    """Draw codes, (N, K), coloured by their labels, integers (N,), into a PNG file."""
+    fig = matplotlib.figure.Figure(figsize=(8, 7.2), dpi=100, layout="constrained")
+    axes = fig.add_subplot(title=title, xlabel="mu[0]", ylabel="mu[1]", aspect="equal")
+    axes.scatter(*mu.T, s=3, c=[COLOURS[label % 10] for label in labels])
+    for label in np.unique(labels):
+        axes.scatter([], [], c=COLOURS[label % 10], label=label)
+    fig.legend(loc="outside right upper", title="digit")
+    for sigma in (1, 2):
+        axes.add_patch(matplotlib.patches.Circle((0, 0), sigma, fill=False))
+        box = {"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 1}
+        axes.text(0, sigma, f"{sigma} sigma", ha="center", va="center", bbox=box)
+    save_picture(fig, path)
+
+
+def draw_reconstructions(model, sess, images, labels, title, path):
+    """Draw ten images of each of ten classes over what the model makes of their mu, as PNG."""
+    classes = np.unique(labels)[:10]
+    sheet = np.zeros((len(classes), 2, SIDE, 10, SIDE), np.float32)
+    for (above, below), label in zip(sheet, classes):
+        x = images[labels == label][:10]
+        mu, _ = model.encode(scale(x), sess)
+        above[:, : len(x)] = x.swapaxes(0, 1) / 255
+        below[:, : len(x)] = model.decode(mu, sess).swapaxes(0, 1)
+    fig = matplotlib.figure.Figure(figsize=(5.6, 10), dpi=100, layout="constrained")
+    axes = fig.add_subplot(title=title, ylabel="digit", xticks=[])
+    axes.imshow(sheet.reshape(-1, 10 * SIDE), cmap="Greys_r", interpolation="nearest")
+    axes.set_yticks(np.arange(SIDE, len(classes) * 2 * SIDE, 2 * SIDE) - 0.5, classes)
+    save_picture(fig, path)
+
+
+def draw_training(log, path):
+    """Draw both losses of a run's log, [[iteration, kld, rec_loss], ...], into a PNG file."""
+    iterations, *losses = np.transpose(log)
+    fig = matplotlib.figure.Figure(figsize=(8, 6), dpi=100, layout="constrained")
+    for axes, name, values in zip(fig.subplots(2, sharex=True), ("KLD", "RecLoss"), losses):
+        axes.plot(iterations, values, ".-", markersize=4, linewidth=0.8)
+        title = f"{name} of one batch: {values[-1]:.2f} nats an image in iteration {log[-1][0]}"
+        axes.set(title=title, ylabel=f"{name}, nats an image")
+        axes.grid(alpha=0.3)
+    axes.set(yscale="log", xlabel="iteration")  # RecLoss falls far at once, and then slowly
+    axes.yaxis.set_major_locator(matplotlib.ticker.MultipleLocator(50))
+    axes.yaxis.set_major_formatter("{x:.0f}")
+    axes.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+    save_picture(fig, path)
+
+
+def report(model, sess, test, run, output_dir, stopped):
+    """Print what `evaluate` measures on the test set, save it as metrics.json, draw pictures.
+
+    Returns whether there was time for it, before a signal's number was in `stopped`.
+    """
+    x_test, y_test = test
+    count = f"{len(x_test):,} test images"
+    live_line(f"Measuring {count}")
+    figures = evaluate(model, sess, x_test, stopped=stopped)
+    live_line()
+    if figures is None:
+        return False
+    print(f"On {count}, nats an image (standard error):")
+    metrics = {}
+    for name, values in figures.items():
+        mean, error = np.mean(values), np.std(values) / len(values) ** 0.5
+        metrics[name] = {"mean": mean, "standard_error": error}
+        print(f"{name:8} {mean:8.2f} ({error:.2f})")
+    content = {"settings": run["settings"], "iteration": run["iteration"], "metrics": metrics}
+    with whole_file(output_dir / "metrics.json") as file:
+        file.write((json.dumps(content, indent=2) + "\n").encode())
+    mu, _ = model.encode(scale(x_test), sess)
+    title = f"Codes of {count}: KLD {metrics['KLD']['mean']:.2f} nats an image"
+    draw_codes(mu, y_test, title, output_dir / "codes.png")
+    title = "Test images, each over its reconstruction:\n"
+    title += f"RecLoss {metrics['RecLoss']['mean']:.2f} nats an image"
+    draw_reconstructions(model, sess, x_test, y_test, title, output_dir / "reconstructions.png")
+    draw_training(run["log"], output_dir / "training.png")
+    print(f"The figures are in {output_dir / 'metrics.json'}, three pictures beside it")
+    return True
 
 
 # -------------------------------------------------------------------------------- command line
@@ -607,18 +722,14 @@ def parse_arguments(argv):
     add("--iterations", "updates to make", ITERATIONS, type=positive, metavar="N")
     add("--batch-size", "images an iteration", BATCH_SIZE, type=positive, metavar="N")
     add("--learning-rate", "step size of Adam", LEARNING_RATE, type=rate, metavar="R")
-    add(
-        "--decoder",
-        "decoder of the tutorial's listing, or of its text",
-        "tutorial",
-        choices=DECODERS,
-    )
+    add("--decoder", "as the tutorial lists or describes it", "tutorial", choices=DECODERS)
     add("--seed", "decides everything random", 0, type=seed, metavar="N")
     add("--log-every", "iterations a log line", LOG_EVERY, type=positive, metavar="N")
     add("--checkpoint-every", "iterations a save", CHECKPOINT_EVERY, type=positive, metavar="N")
     group = parser.add_mutually_exclusive_group()
     add("--resume", "go on with the run in DIR", False, action="store_true", to=group)
     add("--overwrite", "replace an unfinished run in DIR", False, action="store_true", to=group)
+    add("--report", "also measure and show the test set", False, action="store_true")
     add("--show", "also open the picture in a window", False, action="store_true")
     return parser, parser.parse_args(argv)
 
@@ -635,53 +746,51 @@ def one_line(error):
 def main(argv=None):
     """Train on MNIST as the command line says and draw the manifold.
 
-    Returns the exit status: 0, 1 after a fault while running, 128 plus the number of the signal
-    that stopped the training. Wrong options or data, or a checkpoint that does not fit them, raise
-    SystemExit with status 2, as argparse does.
+    Returns the exit status: 0, or 128 plus the number of the signal that stopped the training.
+    Raises SystemExit, as argparse does: with status 2 for wrong options or data, or a checkpoint
+    that does not fit them, and 1 after a fault while running.
     """
     parser, args = parse_arguments(argv)
     output_dir = args.output_dir
+    status = 2  # until the training begins, what goes wrong is what was asked for
     try:
-        # ignore testing data and labels
-        (x_train, _), _ = load_mnist(args.data)
-        settings = {
-            name: getattr(args, name) for name in ("decoder", "seed", "batch_size", "learning_rate")
-        }
+        # the tutorial ignores testing data and labels; a report needs them
+        (x_train, _), test = load_mnist(args.data)
+        settings = {name: vars(args)[name] for name in SETTINGS}
         settings["data"] = "sha256:" + hashlib.sha256(x_train).hexdigest()
         run = check_run(args, settings)
         output_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=output_dir):
             pass  # so it can be written
-    except (OSError, ValueError) as error:
-        parser.error(one_line(error))
-    try:
-        with tf.Graph().as_default(), stop_signals() as stopped:
+        with tf.Graph().as_default():
             model = VAE(args.learning_rate, args.seed, decoder=args.decoder)
             saver = tf.train.Saver(max_to_keep=None, save_relative_paths=True)
             with session() as sess:
                 if args.resume:
-                    try:
-                        model.restore(output_dir / "checkpoint", sess)
-                    except ValueError as error:
-                        parser.error(f"--resume: {one_line(error)}")
-                    write_log(output_dir, run)
+                    model.restore(output_dir / "checkpoint", sess)
                 else:
                     sess.run(tf.global_variables_initializer())
+                status = 1
+                if args.resume:
+                    write_log(output_dir, run)
                 save = partial(save_checkpoint, saver, sess, output_dir, run)
-                train(model, sess, x_train, run, args, stopped, save)
-                if run["iteration"] < args.iterations:
-                    print(
-                        f"Stopped by {signal.Signals(stopped[0]).name} after {run['iteration']} "
-                        f"of {args.iterations} iterations; go on with the same options and "
-                        "--resume",
-                        file=sys.stderr,
-                    )
+                with stop_signals() as stopped:
+                    train(model, sess, x_train, run, args, stopped, save)
+                    done, path, when = run["iteration"], output_dir / "latent.png", None
+                    if done < args.iterations:
+                        when = f"after {done} of {args.iterations} iterations"
+                    else:
+                        display_manifold(model, sess, path, args.show)
+                        print(f"The manifold of the latent codes is in {path}", flush=True)
+                        if args.report and not report(model, sess, test, run, output_dir, stopped):
+                            when = "while measuring"
+                if when:
+                    name = signal.Signals(stopped[0]).name
+                    text = f"Stopped by {name} {when}; go on with the same options and --resume"
+                    print(text, file=sys.stderr)
                     return 128 + stopped[0]
-                display_manifold(model, sess, output_dir / "latent.png", args.show)
-    except (OSError, MemoryError, FloatingPointError, tf.errors.OpError) as error:
-        print(f"{parser.prog}: error: {one_line(error)}", file=sys.stderr)
-        return 1
-    print(f"The manifold of the latent codes is in {output_dir / 'latent.png'}")
+    except (OSError, ValueError, MemoryError, FloatingPointError, tf.errors.OpError) as error:
+        parser.exit(status, f"{parser.prog}: error: {one_line(error)}\n")
     return 0
 
 

@@ -1,0 +1,344 @@
+"""What --report measures, against closed forms and NumPy in float64; and what it draws."""
+
+import json
+import re
+import signal
+import subprocess
+import time
+from contextlib import contextmanager
+
+import matplotlib
+import matplotlib.image
+import numpy as np
+import pytest
+import tensorflow.compat.v1 as tf
+from conftest import Reference, built, program
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
+
+import vae_mnist
+
+PICTURES = ("codes.png", "reconstructions.png", "training.png")
+SHORT = ["--iterations", "6", "--batch-size", "8", "--log-every", "2"]
+COARSE = {"reach": 5.0, "step": 0.1}  # enough for a model that is hardly trained
+
+
+@pytest.fixture(scope="module")
+def test_set(mnist):
+    """The first 200 test images and their labels."""
+    _, (x_test, y_test) = mnist
+    return x_test[:200], y_test[:200]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """The checkpoint of a mirrored model after 1,000 iterations, whose posteriors are narrow."""
+    output = tmp_path_factory.mktemp("trained")
+    options = ["--decoder", "mirrored", "--iterations", "1000", "--learning-rate", "0.002"]
+    assert vae_mnist.main([*options, "--output-dir", str(output)]) == 0
+    return output / "checkpoint"
+
+
+@pytest.fixture
+def trained(checkpoint):
+    """That model, and its session."""
+    with built(decoder="mirrored") as (model, sess):
+        model.restore(checkpoint, sess)
+        yield model, sess
+
+
+@contextmanager
+def rough(scale, seed=0):
+    """Yield a model with large random weights and biases, its session, and the same in NumPy."""
+    rng = np.random.default_rng(seed)
+    with built() as (model, sess):
+        for v in tf.trainable_variables():
+            value = sess.run(v) * scale if "kernel" in v.name else rng.normal(0, 0.3, v.shape)
+            v.load(value.astype(np.float32), sess)
+        yield model, sess, Reference(sess.run(tf.trainable_variables()))
+
+
+def log_px(reference, x, z):
+    """Return log p(x | z) of one image, (784,), with codes (n, 2), in float64."""
+    reference.inputs, reference.outputs = {}, {}
+    logits = reference.forward(np.asarray(z, np.float64), range(4, len(reference.kernels)))
+    return logits @ np.float64(x) - np.logaddexp(0, logits).sum(axis=1)
+
+
+def test_model_that_ignores_its_code_has_the_likelihood_of_its_biases(test_set):
+    """Then q(z | x) = p(z), and every bound is the negative log-likelihood itself."""
+    images = test_set[0][:20]
+    with built() as (model, sess):
+        for v in tf.trainable_variables():
+            v.load(np.zeros(v.shape, np.float32), sess)
+        bias = np.random.default_rng(0).normal(-2, 2, 784).astype(np.float32)
+        tf.trainable_variables()[-1].load(bias, sess)
+        figures = vae_mnist.evaluate(model, sess, images, **COARSE)
+    x, bias = images.reshape(-1, 784) / 255, bias.astype(np.float64)
+    expected = np.logaddexp(0, bias).sum() - x @ bias
+    for name in ("RecLoss", "-ELBO", "IW bound", "NLL"):
+        assert figures[name].shape == (20,) and figures[name].dtype == np.float64
+        np.testing.assert_allclose(figures[name], expected, atol=2e-3)
+    assert not figures["KLD"].any()
+
+
+def test_negative_log_likelihood_matches_gauss_hermite_quadrature(test_set):
+    """Other nodes, other weights, another network, in float64."""
+    nodes, weights = np.polynomial.hermite_e.hermegauss(60)
+    z = np.stack(np.meshgrid(nodes, nodes), axis=-1).reshape(-1, 2)
+    log_weights = np.log(np.outer(weights, weights).ravel() / (2 * np.pi))
+    images = test_set[0][:8]
+    with rough(1.5) as (model, sess, reference):
+        nll = vae_mnist.evaluate(model, sess, images, **COARSE)["NLL"]
+    for value, x in zip(nll, images.reshape(-1, 784) / 255):
+        terms = log_px(reference, x, z) + log_weights
+        assert np.ptp(terms[log_weights > -20]) > 20  # the integrand does vary
+        np.testing.assert_allclose(value, -np.logaddexp.reduce(terms), atol=1e-3)
+
+
+def test_sampled_figures_match_numpy(test_set):
+    images = test_set[0][:3]
+    with rough(1.5) as (model, sess, reference):
+        figures = vae_mnist.evaluate(model, sess, images, seed=5, **COARSE)
+    rng = np.random.default_rng(5)
+    for i, x in enumerate(images.reshape(-1, 784) / 255):
+        eps = rng.standard_normal((100, 2))
+        kld, rec_loss = reference.run(np.tile(x, (100, 1)), eps)
+        np.testing.assert_allclose(figures["RecLoss"][i], rec_loss, rtol=1e-5)
+        np.testing.assert_allclose(figures["KLD"][i], kld, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(figures["-ELBO"][i], kld + rec_loss, rtol=1e-5)
+        z, mu, sigma = reference.z, reference.mu, np.exp(reference.log_sig_sq / 2)
+        log_p = -0.5 * (z**2).sum(axis=1)
+        log_q = (-0.5 * ((z - mu) / sigma) ** 2 - np.log(sigma)).sum(axis=1)
+        ratio = np.exp(log_px(reference, x, z) + rec_loss + log_p - log_q)
+        np.testing.assert_allclose(
+            figures["IW bound"][i], rec_loss - np.log(ratio.mean()), rtol=1e-5
+        )
+
+
+def test_bounds_are_in_order_and_independent_of_the_samples(trained, test_set):
+    model, sess = trained
+    figures, other = (
+        vae_mnist.evaluate(model, sess, test_set[0], seed=seed, step=0.05) for seed in (0, 1)
+    )
+    mean = {name: values.mean() for name, values in figures.items()}
+    assert mean["-ELBO"] > mean["IW bound"] > mean["NLL"] > 100
+    assert mean["-ELBO"] - mean["NLL"] > 0.5  # the gaps are there, and not only rounding
+    assert mean["IW bound"] - mean["NLL"] > 0.05
+    # Every image by itself, up to the error of its 100 samples.
+    assert (figures["-ELBO"] - figures["NLL"]).min() > -1
+    assert (figures["IW bound"] - figures["NLL"]).min() > -1
+    for name in ("RecLoss", "-ELBO", "IW bound"):
+        assert 0 < abs(mean[name] - other[name].mean()) < 0.3  # 0.05 for 10,000 images, if so
+    assert np.array_equal(figures["NLL"], other["NLL"])
+
+
+def test_finer_and_wider_grids_change_the_likelihood_by_less_than_a_hundredth(trained, test_set):
+    model, sess = trained
+    images = test_set[0][:100]
+    nll = {
+        grid: vae_mnist.evaluate(model, sess, images, reach=grid[0], step=grid[1])["NLL"].mean()
+        for grid in ((6.0, 0.03), (6.0, 0.02), (7.0, 0.03), (6.0, 0.3))
+    }
+    default, finer, wider, coarse = nll.values()
+    assert abs(default - finer) < 0.01 and abs(default - wider) < 0.01
+    assert abs(default - coarse) > 0.01  # so the grid does matter
+
+
+def test_report_prints_and_saves_what_it_measures(tmp_path, test_set, monkeypatch, capsys):
+    """On a small data set, a whole run; then the same again from its checkpoint."""
+    data = tmp_path / "small.npz"
+    (images, labels) = test_set
+    np.savez(data, x_train=images, y_train=labels, x_test=images[:30], y_test=labels[:30])
+    options = [*SHORT, "--data", str(data), "--report", "--output-dir", str(tmp_path / "run")]
+    assert vae_mnist.main(options) == 0
+    out = capsys.readouterr().out
+    content = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert content["iteration"] == 6 and content["settings"]["decoder"] == "tutorial"
+    assert content["settings"]["learning_rate"] == 0.001 and content["settings"]["seed"] == 0
+    with built() as (model, sess):
+        model.restore(tmp_path / "run" / "checkpoint", sess)
+        figures = vae_mnist.evaluate(model, sess, images[:30])
+    assert list(content["metrics"]) == ["RecLoss", "KLD", "-ELBO", "IW bound", "NLL"]
+    for name, values in figures.items():
+        metric = content["metrics"][name]
+        assert metric["mean"] == pytest.approx(values.mean())
+        assert metric["standard_error"] == pytest.approx(values.std() / 30**0.5)
+        line = rf"^{name} +{metric['mean']:.2f} \({metric['standard_error']:.2f}\)$"
+        assert re.search(line, out, re.MULTILINE)
+    before = {name: (tmp_path / "run" / name).read_bytes() for name in (*PICTURES, "metrics.json")}
+    for name in before:
+        (tmp_path / "run" / name).unlink()
+    assert vae_mnist.main([*options, "--resume"]) == 0
+    assert {name: (tmp_path / "run" / name).read_bytes() for name in before} == before
+    assert not list((tmp_path / "run").glob("*.tmp"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_while_measuring_is_one_line_and_loses_nothing(number, tmp_path):
+    options = [*SHORT, "--report", "--output-dir", tmp_path]
+    how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(program(*options), **how) as process:
+        while not process.stdout.readline().startswith("The manifold"):
+            pass
+        time.sleep(0.5)
+        process.send_signal(number)
+        err = process.stderr.read()
+    assert process.returncode == 128 + number and "Traceback" not in err
+    line = err.splitlines()[-1]
+    assert line.startswith(f"Stopped by {number.name} while measuring") and "--resume" in line
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint", "latent.png", "log.csv"]
+
+
+def test_no_report_without_the_option(tmp_path):
+    assert vae_mnist.main([*SHORT, "--output-dir", str(tmp_path)]) == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint", "latent.png", "log.csv"]
+
+
+def test_report_that_cannot_be_written_is_one_line_and_leaves_the_older_one(
+    tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "metrics.json").write_text("older")
+    (tmp_path / "metrics.json.tmp").mkdir()  # where the new one would be written first
+    values = {name: np.ones(3) for name in ("RecLoss", "KLD", "-ELBO", "IW bound", "NLL")}
+    monkeypatch.setattr(vae_mnist, "evaluate", lambda *_, **__: values)
+    with pytest.raises(SystemExit) as stop:
+        vae_mnist.main([*SHORT, "--report", "--output-dir", str(tmp_path)])
+    err = capsys.readouterr().err
+    assert stop.value.code == 1 and err.count("\n") == 1 and "metrics.json.tmp" in err
+    assert (tmp_path / "metrics.json").read_text() == "older"
+    assert (tmp_path / "latent.png").exists() and (tmp_path / "checkpoint" / "run.json").exists()
+
+
+# ------------------------------------------------------------------------------------ pictures
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are drawn, in a list."""
+    drawn = []
+    save = vae_mnist.save_picture
+
+    def keep(fig, path):
+        drawn.append(fig)
+        save(fig, path)
+
+    monkeypatch.setattr(vae_mnist, "save_picture", keep)
+    return drawn
+
+
+def assert_nothing_clipped_or_overlapping(fig):
+    """Titles, axis labels and tick labels lie inside the figure and apart from each other."""
+    renderer = FigureCanvasAgg(fig).get_renderer()
+    fig.canvas.draw()
+    texts = []
+    for axes in fig.axes:
+        texts += [axes.title, axes.xaxis.label, axes.yaxis.label]
+        for axis, (low, high) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
+            low, high = sorted((low, high))
+            ticks = zip(axis.get_ticklocs(), axis.get_ticklabels())
+            texts += [label for place, label in ticks if low <= place <= high]
+    texts += [text for legend in fig.legends for text in legend.get_texts()]
+    boxes = [t.get_window_extent(renderer) for t in texts if t.get_text() and t.get_visible()]
+    assert len(boxes) > 5
+    for i, box in enumerate(boxes):
+        assert fig.bbox.x0 <= box.x0 and box.x1 <= fig.bbox.x1, texts[i]
+        assert fig.bbox.y0 <= box.y0 and box.y1 <= fig.bbox.y1, texts[i]
+        assert not any(box.overlaps(other) for other in boxes[:i]), (texts[i], boxes)
+
+
+def test_codes_are_drawn_where_they_are_in_the_colour_of_their_digit(tmp_path, figures):
+    rng = np.random.default_rng(0)
+    mu, labels = rng.normal(0, 1.5, (500, 2)), rng.integers(10, size=500)
+    vae_mnist.draw_codes(mu, labels, "Codes of 500 images: KLD 4.87", tmp_path / "codes.png")
+    axes = figures[0].axes[0]
+    points = axes.collections[0]
+    assert np.array_equal(points.get_offsets(), mu)
+    expected = [to_rgb(vae_mnist.COLOURS[label]) for label in labels]
+    assert np.array_equal(points.get_facecolors()[:, :3], expected)
+    legend = figures[0].legends[0]
+    assert [text.get_text() for text in legend.get_texts()] == [str(n) for n in range(10)]
+    for handle, colour in zip(legend.legend_handles, vae_mnist.COLOURS):
+        assert np.array_equal(handle.get_facecolor()[0, :3], to_rgb(colour))
+    assert [(p.center, p.radius) for p in axes.patches] == [((0, 0), 1), ((0, 0), 2)]
+    assert axes.get_aspect() == 1 and "KLD 4.87" in axes.get_title()
+    assert_nothing_clipped_or_overlapping(figures[0])
+    assert matplotlib.image.imread(tmp_path / "codes.png").shape[1] == 800
+
+
+def test_reconstructions_stand_below_their_images(tmp_path, figures, test_set):
+    images, labels = test_set
+    with rough(1.5) as (model, sess, _):
+        vae_mnist.draw_reconstructions(
+            model, sess, images, labels, "RecLoss 1.0", tmp_path / "r.png"
+        )
+        axes = figures[0].axes[0]
+        sheet = axes.images[0].get_array()
+        assert sheet.shape == (10 * 2 * 28, 10 * 28)
+        for digit, column in [(0, 0), (3, 9), (9, 4)]:
+            tile = sheet[56 * digit : 56 * digit + 56, 28 * column : 28 * column + 28]
+            image = images[np.flatnonzero(labels == digit)[column]]
+            np.testing.assert_allclose(tile[:28], image / 255, atol=1e-6)
+            decoded = model.decode(model.encode(vae_mnist.scale(image), sess)[0], sess)[0]
+            np.testing.assert_allclose(tile[28:], decoded, atol=1e-6)
+    # Each digit's name stands where its images and their reconstructions meet.
+    assert [label.get_text() for label in axes.get_yticklabels()] == [str(n) for n in range(10)]
+    assert np.array_equal(axes.get_yticks(), 56 * np.arange(10) + 27.5)
+    assert_nothing_clipped_or_overlapping(figures[0])
+
+
+def test_few_images_of_many_classes_can_be_drawn(tmp_path, figures, test_set):
+    """A data set of the same form need not have ten classes, or ten images of each."""
+    labels = np.array([-1, 40, *range(100, 111)])
+    images = test_set[0][: len(labels)]
+    with built() as (model, sess):
+        vae_mnist.draw_reconstructions(model, sess, images, labels, "title", tmp_path / "r.png")
+    sheet = figures[0].axes[0].images[0].get_array()
+    assert sheet.shape == (560, 280) and not sheet[:, 28:].any() and sheet[:, :28].any()
+    vae_mnist.draw_codes(np.zeros((len(labels), 2)), labels, "title", tmp_path / "c.png")
+    assert len(figures[1].legends[0].get_texts()) == len(labels)
+
+
+@pytest.mark.parametrize("count", [1, 2, 50])
+def test_training_shows_every_line_of_the_log(count, tmp_path, figures):
+    i = np.arange(count)
+    log = np.stack([100 * i, 5 - 4.7 / (i + 1), 150 + 393 / (i + 1)], axis=1).tolist()
+    log = [[int(line[0]), *line[1:]] for line in log]
+    vae_mnist.draw_training(log, tmp_path / "training.png")
+    for axes, name, column in zip(figures[0].axes, ("KLD", "RecLoss"), (1, 2)):
+        drawn = np.transpose(axes.lines[0].get_data())
+        assert np.array_equal(drawn, [[line[0], line[column]] for line in log])
+        low, high = axes.get_ylim()
+        assert low < min(drawn[:, 1]) and high > max(drawn[:, 1])  # nothing is cut off
+        assert f"{name} of one batch: {log[-1][column]:.2f} nats" in axes.get_title()
+        assert f"in iteration {log[-1][0]}" in axes.get_title()
+    if count > 2:
+        assert_nothing_clipped_or_overlapping(figures[0])
+
+
+# How colours look to people without one kind of cone: Machado, Oliveira and Fernandes 2009.
+VISION = {
+    "all cones": np.eye(3),
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216]]
+    + [[-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413]]
+    + [[-0.011820, 0.042940, 0.968881]],
+    "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602]]
+    + [[0.004733, 0.691367, 0.303900]],
+}
+
+
+@pytest.mark.parametrize("vision", VISION)
+def test_colours_differ_for_colour_blind_people_too(vision):
+    """In CIELAB 2.3 is the least difference one sees side by side; tab10 has pairs of under 5."""
+    rgb = np.array([to_rgb(colour) for colour in [*vae_mnist.COLOURS, "white"]])
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    linear = np.clip(linear @ np.transpose(VISION[vision]), 0, 1)
+    to_xyz = [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750]]
+    to_xyz += [[0.0193339, 0.1191920, 0.9503041]]
+    xyz = linear @ np.transpose(to_xyz) / np.sum(to_xyz, axis=1)
+    x, y, z = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116).T
+    lab = np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=1)
+    distance = np.linalg.norm(lab[:, None] - lab, axis=-1)
+    assert distance[~np.eye(11, dtype=bool)].min() > 15
