@@ -353,20 +353,9 @@ def save_picture(fig, path):
 def display_manifold(model, sess, path, show=False):
     """Draw 30 x 30 images, decoded over [-2, 2] in both latent dimensions, into a PNG file.
 
-    Parameters
-    ----------
-    model : VAE
-    sess : tf.Session
-    path : str or Path
-        The file, replaced only once the new one is complete. Each decoded pixel is one of its
-        pixels, unsmoothed.
-    show : bool, default False
-        Also open a window, where there is a display.
-
-    Returns
-    -------
-    figure : ndarray of shape (840, 840), float32 in [0, 1]
-        z[0] grows to the right, z[1] upwards.
+    Each decoded pixel is one pixel of the file, unsmoothed. show=True also opens a window, where
+    there is a display. Returns all the images as one, ndarray (840, 840), float32 in [0, 1], in
+    which z[0] grows to the right and z[1] upwards.
     """
     n = 30
     grid_x = np.linspace(-2, 2, n)
