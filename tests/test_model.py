@@ -196,6 +196,20 @@ def test_twenty_steps_twice_give_the_same_bytes():
             assert a.tobytes() == b.tobytes()
 
 
+def test_shards_and_threads_are_chosen_from_the_machine(monkeypatch):
+    def chosen(cores, gpus=()):
+        monkeypatch.setattr(vae_mnist.os, "sched_getaffinity", lambda _: set(range(cores)))
+        monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: list(gpus))
+        with tf.Graph().as_default(), vae_mnist.session() as sess:
+            config = sess._config
+        threads = config.intra_op_parallelism_threads, config.inter_op_parallelism_threads
+        return vae_mnist.shard_count(), threads
+
+    assert chosen(cores=1) == (1, (0, 0))  # 0: as TensorFlow sees fit
+    assert chosen(cores=2) == chosen(cores=64) == (2, (1, 2))
+    assert chosen(cores=64, gpus=["GPU:0"]) == (1, (0, 0))
+
+
 def test_training_step_leaves_the_losses_out():
     """What only the losses need does not run while nobody fetches them."""
     with built(shards=2) as (model, sess):
