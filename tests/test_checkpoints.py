@@ -188,6 +188,7 @@ def test_unfinished_run_is_not_overwritten_by_accident(unfinished, finished, cap
     assert json.loads((unfinished / "checkpoint" / "run.json").read_text())["iteration"] == 6
 
 
+@pytest.mark.slow
 def test_damaged_record_is_only_replaced_on_request(run_folder, finished, capsys):
     (run_folder / "checkpoint" / "run.json").write_text("[]")
     assert "--overwrite" in refused(capsys, run_folder)
@@ -195,6 +196,7 @@ def test_damaged_record_is_only_replaced_on_request(run_folder, finished, capsys
     assert_same_run(run_folder, finished)
 
 
+@pytest.mark.slow
 def test_finished_run_is_replaced_and_says_so(run_folder, capsys):
     assert main(run_folder, "--seed", "1") == 0
     assert f"Replacing the finished run in {run_folder}" in capsys.readouterr().out
@@ -291,6 +293,7 @@ def test_checkpoint_of_the_other_decoder_is_refused_by_name(finished, run_folder
     assert main(run_folder, "--resume") == 0
 
 
+@pytest.mark.slow
 def test_mirrored_run_resumes_with_its_decoder_alone(tmp_path, capsys):
     assert main(tmp_path, "--decoder", "mirrored") == 0
     assert "--decoder is tutorial" in refused(capsys, tmp_path, "--resume")

@@ -116,6 +116,7 @@ def test_sampled_figures_match_numpy(test_set):
         )
 
 
+@pytest.mark.slow
 def test_bounds_are_in_order_and_independent_of_the_samples(trained, test_set):
     model, sess = trained
     figures, other = (
@@ -145,6 +146,7 @@ def test_finer_and_wider_grids_change_the_likelihood_by_less_than_a_hundredth(tr
         assert abs(nll(*sharp) - nll(*sharp, step=0.06)) > 0.01
 
 
+@pytest.mark.slow
 def test_report_prints_and_saves_what_it_measures(tmp_path, test_set, monkeypatch, capsys):
     """On a small data set, a whole run; then the same again from its checkpoint."""
     data = tmp_path / "small.npz"
