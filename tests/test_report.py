@@ -126,9 +126,10 @@ def test_bounds_are_in_order_and_independent_of_the_samples(trained, test_set):
     assert mean["-ELBO"] > mean["IW bound"] > mean["NLL"] > 100
     assert mean["-ELBO"] - mean["NLL"] > 0.5  # the gaps are there, and not only rounding
     assert mean["IW bound"] - mean["NLL"] > 0.05
-    # Every image by itself, up to the error of its 100 samples.
-    assert (figures["-ELBO"] - figures["NLL"]).min() > -1
-    assert (figures["IW bound"] - figures["NLL"]).min() > -1
+    # Every image by itself: the average of the ratios is p(x) on average, so by Markov's inequality
+    # it is over e^t p(x) with a probability of at most e^-t.
+    for t in (0.5, 1, 2, 4):
+        assert np.mean(figures["IW bound"] < figures["NLL"] - t) < np.exp(-t)
     for name in ("RecLoss", "-ELBO", "IW bound"):
         assert 0 < abs(mean[name] - other[name].mean()) < 0.3  # 0.05 for 10,000 images, if so
     assert np.array_equal(figures["NLL"], other["NLL"])
