@@ -138,7 +138,11 @@ def batch_memory(batch_size):
 
     It would copy one that does not start at a multiple of 64 bytes, as a new page does.
     """
-    return np.frombuffer(mmap.mmap(-1, 4 * batch_size * PIXELS), np.float32).reshape(-1, PIXELS)
+    try:
+        pages = mmap.mmap(-1, 4 * batch_size * PIXELS)
+    except OSError as error:
+        raise MemoryError(f"no memory for a batch of {batch_size} images") from error
+    return np.frombuffer(pages, np.float32).reshape(-1, PIXELS)
 
 
 # --------------------------------------------------------------------------------------- model

@@ -108,6 +108,13 @@ def test_output_directory_that_cannot_be_used_is_refused_in_one_line(tmp_path, c
     assert (tmp_path / "file").read_text() == "mine"
 
 
+def test_batch_beyond_memory_is_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        vae_mnist.main(["--batch-size", str(2**31 - 1), "--output-dir", str(tmp_path)])
+    err = capsys.readouterr().err
+    assert stop.value.code == 1 and err.count("\n") == 1 and "2147483647 images" in err
+
+
 def test_real_process_says_what_is_wrong_in_one_line(tmp_path):
     process = run_program("--data", "no-such.npz", cwd=tmp_path)
     assert process.returncode == 2 and not process.stdout
