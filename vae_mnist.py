@@ -413,7 +413,7 @@ def train(model, sess, x_train, run, args, stopped, save):
     first, last = run["iteration"], args.iterations
     start = shown = time.monotonic()
 
-    def losses(i, kld, rec_loss):
+    def checked(i, kld, rec_loss):
         text = f"KLD = {kld:f}, RecLoss = {rec_loss:f}"
         if not math.isfinite(kld + rec_loss):
             live_line()
@@ -425,7 +425,7 @@ def train(model, sess, x_train, run, args, stopped, save):
         random_batch(x_train, args.batch_size, args.seed, i, out=x_batch)
         if i % args.log_every == 0:
             kld, rec_loss = model.step(x_batch, sess)
-            text = losses(i, kld, rec_loss)
+            text = checked(i, kld, rec_loss)
             run["log"].append([i, kld, rec_loss])
             live_line()
             print(f"Iteration {i}: {text}", flush=True)
@@ -435,17 +435,15 @@ def train(model, sess, x_train, run, args, stopped, save):
         if done % args.checkpoint_every == 0 or done == last or stopped:
             # The next iteration's losses show whether the weights to be saved are sound.
             random_batch(x_train, args.batch_size, args.seed, done, out=x_batch)
-            losses(done, *sess.run([model.kld, model.rec_loss], {model.x: x_batch}))
+            checked(done, *sess.run([model.kld, model.rec_loss], {model.x: x_batch}))
             save()
             if stopped:  # asked here alone, so that nothing stops between a check and the save
                 break
         if time.monotonic() - shown > 0.2:
             shown = time.monotonic()
             speed = (done - first) / (shown - start)
-            text = (
-                f"{done / last:4.0%}, {speed:.0f} iterations/s, {(last - done) / speed:.0f} s left"
-            )
-            live_line(text)
+            left = (last - done) / speed
+            live_line(f"{done / last:4.0%}, {speed:.0f} iterations/s, {left:.0f} s left")
     live_line()
 
 
@@ -672,8 +670,8 @@ def report(model, sess, test, run, output_dir, stopped):
     mu, _ = model.encode(scale(x_test), sess)
     title = f"Codes of {count}: KLD {metrics['KLD']['mean']:.2f} nats an image"
     draw_codes(mu, y_test, title, output_dir / "codes.png")
-    title = "Test images, each over its reconstruction:\n"
-    title += f"RecLoss {metrics['RecLoss']['mean']:.2f} nats an image"
+    title = f"RecLoss {metrics['RecLoss']['mean']:.2f} nats an image"
+    title = f"Test images, each over its reconstruction:\n{title}"
     draw_reconstructions(model, sess, x_test, y_test, title, output_dir / "reconstructions.png")
     draw_training(run["log"], output_dir / "training.png")
     print(f"The figures are in {output_dir / 'metrics.json'}, three pictures beside it")
