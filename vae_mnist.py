@@ -707,7 +707,7 @@ def parse_arguments(argv):
 
     positive = number(int, 1, 2**31 - 1, "a whole number from 1 to 2147483647")
     seed = number(int, 0, 2**31 - 1, "a whole number from 0 to 2147483647")
-    rate = number(float, 1e-30, 1e30, "a number above 0, from 1e-30 to 1e30")
+    rate = number(float, 1e-45, np.finfo(np.float32).max, "a number above 0")
     parser.add_argument("--data", metavar="FILE", help="an .npz archive (default: data/mnist.npz)")
     add("--output-dir", "where files go, made if missing", "outputs", type=Path, metavar="DIR")
     add("--iterations", "updates to make", ITERATIONS, type=positive, metavar="N")
@@ -734,16 +734,22 @@ def one_line(error):
     return " ".join(str(error).split())
 
 
+def stopped_by(number, when):
+    """Say which signal stopped the program, and how to go on; return the exit status."""
+    text = f"Stopped by {signal.Signals(number).name} {when}"
+    print(f"{text}; go on with the same options and --resume", file=sys.stderr)
+    return 128 + number
+
+
 def main(argv=None):
     """Train on MNIST as the command line says and draw the manifold.
 
-    Returns the exit status: 0, or 128 plus the number of the signal that stopped the training.
+    Returns the exit status: 0, or 128 plus the number of the signal that stopped the program.
     Raises SystemExit, as argparse does: with status 2 for wrong options or data, or a checkpoint
     that does not fit them, and 1 after a fault while running.
     """
     parser, args = parse_arguments(argv)
-    output_dir = args.output_dir
-    status = 2  # until the training begins, what goes wrong is what was asked for
+    output_dir, picture = args.output_dir, args.output_dir / "latent.png"
     try:
         # the tutorial ignores testing data and labels; a report needs them
         (x_train, _), test = load_mnist(args.data)
@@ -753,35 +759,32 @@ def main(argv=None):
         output_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=output_dir):
             pass  # so it can be written
-        with tf.Graph().as_default():
+    except (OSError, ValueError) as error:
+        parser.error(one_line(error))
+    try:
+        with tf.Graph().as_default(), stop_signals() as stopped:
             model = VAE(args.learning_rate, args.seed, decoder=args.decoder)
             saver = tf.train.Saver(max_to_keep=None, save_relative_paths=True)
             with session() as sess:
                 if args.resume:
-                    model.restore(output_dir / "checkpoint", sess)
+                    try:
+                        model.restore(output_dir / "checkpoint", sess)
+                    except ValueError as error:
+                        parser.error(f"--resume: {one_line(error)}")
+                    write_log(output_dir, run)
                 else:
                     sess.run(tf.global_variables_initializer())
-                status = 1
-                if args.resume:
-                    write_log(output_dir, run)
                 save = partial(save_checkpoint, saver, sess, output_dir, run)
-                with stop_signals() as stopped:
-                    train(model, sess, x_train, run, args, stopped, save)
-                    done, path, when = run["iteration"], output_dir / "latent.png", None
-                    if done < args.iterations:
-                        when = f"after {done} of {args.iterations} iterations"
-                    else:
-                        display_manifold(model, sess, path, args.show)
-                        print(f"The manifold of the latent codes is in {path}", flush=True)
-                        if args.report and not report(model, sess, test, run, output_dir, stopped):
-                            when = "while measuring"
-                if when:
-                    name = signal.Signals(stopped[0]).name
-                    text = f"Stopped by {name} {when}; go on with the same options and --resume"
-                    print(text, file=sys.stderr)
-                    return 128 + stopped[0]
-    except (OSError, ValueError, MemoryError, FloatingPointError, tf.errors.OpError) as error:
-        parser.exit(status, f"{parser.prog}: error: {one_line(error)}\n")
+                train(model, sess, x_train, run, args, stopped, save)
+                if run["iteration"] < args.iterations:
+                    when = f"after {run['iteration']} of {args.iterations} iterations"
+                    return stopped_by(stopped[0], when)
+                display_manifold(model, sess, picture, args.show)
+                print(f"The manifold of the latent codes is in {picture}", flush=True)
+                if args.report and not report(model, sess, test, run, output_dir, stopped):
+                    return stopped_by(stopped[0], "while measuring")
+    except (OSError, MemoryError, FloatingPointError, tf.errors.OpError) as error:
+        parser.exit(1, f"{parser.prog}: error: {one_line(error)}\n")
     return 0
 
 

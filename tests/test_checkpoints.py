@@ -176,6 +176,7 @@ def test_checkpoint_of_another_network_is_refused(run_folder, capsys):
         tf.train.Saver().save(sess, prefix, write_meta_graph=False)
     err = refused(capsys, run_folder, "--resume")
     assert "another network" in err and "[784, 256]" in err and "[3, 4]" in err
+    assert "--resume:" in err
 
 
 def test_unfinished_run_is_not_overwritten_by_accident(unfinished, finished, capsys):
@@ -230,6 +231,27 @@ def test_loss_that_is_not_finite_stops_the_run_and_saves_nothing(every, run_fold
     assert f"iteration {2 if every[1] == '2' else 3}: KLD = nan, RecLoss = nan" in err
     assert "lower --learning-rate" in err
     assert content(run_folder) == before
+
+
+def test_mistake_in_the_program_is_not_taken_for_a_wrong_option(tmp_path, monkeypatch):
+    def mistaken(model, batch, sess):
+        raise ValueError("a mistake in the program")
+
+    monkeypatch.setattr(vae_mnist.VAE, "step", mistaken)
+    with pytest.raises(ValueError, match="a mistake in the program"):
+        main(tmp_path / "run")
+
+
+def test_signal_while_restoring_is_noted(unfinished, monkeypatch, capsys):
+    restore = vae_mnist.VAE.restore
+
+    def interrupted(model, directory, sess):
+        signal.raise_signal(signal.SIGTERM)
+        restore(model, directory, sess)
+
+    monkeypatch.setattr(vae_mnist.VAE, "restore", interrupted)
+    assert main(unfinished, "--resume") == 128 + signal.SIGTERM
+    assert "Stopped by SIGTERM after 4 of 6 iterations" in capsys.readouterr().err
 
 
 def test_output_directory_that_vanishes_is_named(tmp_path, monkeypatch, capsys):
