@@ -2,13 +2,17 @@
 
 The encoder turns an image x, D = 784 pixels in [0, 1], into a Gaussian over a latent code z of
 K = 2 dimensions; the decoder turns a code into r, the probability of white for every pixel. Both
-are trained together on the negative evidence lower bound, in nats an image:
+are trained together on KLD + RecLoss, the negative evidence lower bound, in nats an image:
 
     KLD     = 1/2 sum_k (exp(log_sig_sq_k) - log_sig_sq_k + mu_k^2 - 1)             (1)
     RecLoss = -sum_d (x_d log r_d + (1 - x_d) log(1 - r_d))                         (2)
 
     python vae_mnist.py            # train for 5,000 iterations, then draw outputs/latent.png
     python vae_mnist.py --help     # all options and their defaults
+
+It writes latent.png, log.csv and the directory checkpoint; with --report also metrics.json and
+three pictures. All of the tutorial stands above the line "beyond the tutorial"; what is called
+from there and defined below it keeps runs whole and does not concern the method.
 
 In comments, shapes are written with B images a batch, D pixels and K latent dimensions.
 
@@ -18,34 +22,34 @@ Method: Kingma and Welling, "Auto-Encoding Variational Bayes", arXiv:1312.6114.
 
 import argparse
 import hashlib
+import io
+import itertools
 import json
 import math
-import mmap
 import os
 import signal
 import sys
-import tempfile
 import time
-import warnings
-import zipfile
-import zlib
-from contextlib import contextmanager
-from functools import lru_cache, partial
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 if __name__ == "__main__":
     # Settings of the whole process belong to the program, not to whoever imports the module. What
-    # TensorFlow's C++ code says while it is loaded goes nowhere; Python's own errors still arrive.
+    # TensorFlow's C++ code says while it loads goes nowhere; Python's own errors still arrive.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing is lost yet: Ctrl-C needs no words
-    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C needs no traceback
+    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace")
+    sys.stdout.reconfigure(errors="backslashreplace")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 import matplotlib.figure
+import matplotlib.style
 import numpy as np
 import tensorflow.compat.v1 as tf
 
 if __name__ == "__main__":
+    tf.config.list_physical_devices("GPU")  # where there is none, it complains, once a process
     os.dup2(sys.stderr.fileno(), 2)
 
 SIDE = 28  # pixels along an edge of an image
@@ -56,116 +60,11 @@ ITERATIONS = 5000  # a bit over 21 passes over the 60,000 images
 BATCH_SIZE = 256  # images an iteration
 LEARNING_RATE = 0.001  # Adam's own default
 LOG_EVERY = 100  # iterations from one log line to the next
-CHECKPOINT_EVERY = 500  # iterations, about two seconds of training
-SETTINGS = ("decoder", "seed", "batch_size", "learning_rate")  # that decide a run's result
-# Ten colours that colour-blind people can tell apart: Petroff 2021, arXiv:2107.02270.
-COLOURS = ["#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6",
-           "#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd"]  # fmt: skip
+CHECKPOINT_EVERY = 500  # iterations, a bit over a second of training
 HERE = Path(__file__).resolve().parent
 
 
-# ---------------------------------------------------------------------------------------- data
-def load_mnist(path=None):
-    """Load MNIST, or a data set of the same form such as Fashion-MNIST.
-
-    Parameters
-    ----------
-    path : str or Path, optional
-        An .npz archive with the arrays of `mnist.npz`. Default: `data/mnist.npz` beside this
-        module; where that is missing, what `tf.keras.datasets.mnist.load_data()` has or downloads.
-
-    Returns
-    -------
-    (x_train, y_train), (x_test, y_test)
-        Images, uint8 (N, 28, 28) from 0 to 255, and labels, integers (N,).
-
-    Raises OSError if there is no such file, or none at all and no download; ValueError if it is
-    not such an archive. Pickled objects are never loaded.
-    """
-    if path is None and not (path := HERE / "data" / "mnist.npz").exists():
-        try:
-            return tf.keras.datasets.mnist.load_data()
-        except Exception as error:  # Keras raises the bare class
-            reason = f"no data: {path} is missing and MNIST cannot be downloaded ({error})"
-            raise OSError(f"{reason}; get a file mnist.npz and give it with --data FILE") from error
-    with open(path, "rb") as file:  # a missing file or a directory fails here, by name
-        if not zipfile.is_zipfile(file):
-            raise ValueError(f"{path}: expected an .npz archive, got another or a truncated file")
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            data = {name: archive[name] for name in ("x_train", "y_train", "x_test", "y_test")}
-        for part in ("train", "test"):
-            x, y = data[f"x_{part}"], data[f"y_{part}"]
-            if x.dtype != np.uint8 or x.shape[1:] != (SIDE, SIDE) or not len(x):
-                expected, got = f"x_{part} must be uint8 (N, {SIDE}, {SIDE}) with N > 0", x
-            elif y.dtype.kind not in "iu" or y.shape != x.shape[:1]:
-                expected, got = f"y_{part} must be integers ({len(x)},)", y
-            else:
-                continue
-            raise ValueError(f"{expected}, got {got.dtype} {got.shape}")
-    except (KeyError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path}: not a data set like mnist.npz: {error}") from error
-    return (data["x_train"], data["y_train"]), (data["x_test"], data["y_test"])
-
-
-def scale(images, out=None):
-    """Return images, uint8 (B, 28, 28), as the network's input, float32 (B, D) in [0, 1]."""
-    return np.divide(images.reshape(-1, PIXELS), np.float32(255), out=out)
-
-
-@lru_cache(maxsize=1)
-def batch_indices(images, batch_size, seed, block):
-    """Return which images the 64 iterations of a block draw, integers (64, B).
-
-    One generator for 64 iterations, since making one is slow after a training step, when all that
-    it needs has left the processor's cache.
-    """
-    return np.random.default_rng([seed, block]).integers(images, size=(64, batch_size))
-
-
-def random_batch(x_train, batch_size, seed, iteration, out=None):
-    """Return the batch of an iteration, float32 (B, D), drawn with replacement.
-
-    It depends on (seed, iteration) alone, so no generator's state has to outlive an iteration.
-    """
-    block, row = divmod(iteration, 64)
-    batch_idx = batch_indices(len(x_train), batch_size, seed, block)[row]
-    return scale(x_train[batch_idx], out)
-
-
-def batch_memory(batch_size):
-    """Return an array for batches, float32 (B, D), that TensorFlow reads in place when it is fed.
-
-    It would copy one that does not start at a multiple of 64 bytes, as a new page does.
-    """
-    try:
-        pages = mmap.mmap(-1, 4 * batch_size * PIXELS)
-    except OSError as error:
-        raise MemoryError(f"no memory for a batch of {batch_size} images") from error
-    return np.frombuffer(pages, np.float32).reshape(-1, PIXELS)
-
-
 # --------------------------------------------------------------------------------------- model
-def shard_count():
-    """Return how many shards of a batch to compute side by side: 2, or 1 on one core or a GPU.
-
-    The matrix products here are so small that a second thread costs one of them more in waiting
-    than it saves, but two that do not depend on each other do gain from two threads. More shards
-    than two make the products smaller still and gain nothing; a GPU prefers the batch whole.
-    """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return 1 if cores == 1 or tf.config.list_physical_devices("GPU") else 2
-
-
-def session():
-    """Open a session on the current graph, with one thread for each shard of a batch."""
-    shards = shard_count()
-    threads = {"intra_op_parallelism_threads": 1, "inter_op_parallelism_threads": shards}
-    options = tf.GPUOptions(allow_growth=True)  # a GPU's memory as needed, not all of it
-    config = tf.ConfigProto(gpu_options=options, **(threads if shards > 1 else {}))
-    return tf.Session(config=config)
-
-
 def split(batch, shards):
     """Split a tensor into shards along its first axis; the last takes what is left over."""
     return tf.split(batch, [tf.shape(batch)[0] // shards] * (shards - 1) + [-1])
@@ -199,17 +98,12 @@ def cross_entropy(x, logits):
     return loss, lambda upstream: (-upstream * logits, upstream * (tf.sigmoid(logits) - x))
 
 
-def check_shape(name, array, *shape):
-    """Return array as float32; raise ValueError unless it has B rows of the given shape."""
-    array = np.asarray(array, np.float32)
-    if array.ndim != 1 + len(shape) or array.shape[1:] != shape:
-        expected = ", ".join(map(str, ("B", *shape)))
-        raise ValueError(f"{name} must have shape ({expected}), got {array.shape}")
-    return array
-
-
 class VAE:
     """The tutorial's variational autoencoder, built in the current default graph.
+
+    Its tensors are attributes: `x`, `mu`, `log_sig_sq`, `eps`, `z`, `logits` and `rec` have a row
+    for each image; `kld`, `rec_loss` and their sum `loss` are averages over the batch, in nats an
+    image. `opt` is one update by Adam, which also counts `iteration` up.
 
     Parameters
     ----------
@@ -218,38 +112,26 @@ class VAE:
     seed : int, default 0
         Decides the initial weights (through the graph's seed) and, with the number of updates
         made, the noise eps.
-    shards : int, optional
-        Parts of a batch that are computed side by side. They change no result but by rounding.
-        Default: what `shard_count` finds best for the machine.
+    shards : int, default what `shard_count` finds best for the machine
+        Parts of a batch that are computed side by side. They change results by rounding alone.
     decoder : {"tutorial", "mirrored"}, default "tutorial"
         The decoder of the tutorial's listing, which repeats the encoder's layers down to 4 linear
         units, or the one that its text describes, which widens up to the image.
-
-    Attributes
-    ----------
-    x, z, rec : tensors, float32 (B, 784), (B, 2), (B, 784)
-        Images in [0, 1], their codes, and the decoder's images in (0, 1).
-    mu, log_sig_sq : tensors, float32 (B, 2)
-        Mean and logarithm of the variance of q(z | x).
-    kld, rec_loss, loss : tensors, float32 scalars
-        Equations (1) and (2), averaged over the batch, and their sum, in nats an image.
-    log_px_z : tensor, float32 (images, codes)
-        log p(x | z) in nats of every image of x with every code of z.
-    opt : operation
-        One update of all the variables by Adam; it also counts `iteration` up.
     """
 
     def __init__(self, learning_rate=LEARNING_RATE, seed=0, shards=None, decoder="tutorial"):
         if decoder not in DECODERS:
             raise ValueError(f"decoder must be one of {', '.join(DECODERS)}, got {decoder!r}")
-        self.decoder, shards = decoder, shards or shard_count()
+        self.decoder, self.shards = decoder, shards or shard_count()
         tf.set_random_seed(seed)
         self.iteration = tf.train.get_or_create_global_step()  # updates made, int64
 
         # Input data Tensor
-        self.x = tf.placeholder(tf.float32, shape=[None, PIXELS], name="x")
+        self.x = tf.placeholder(tf.float32, shape=[None, PIXELS], name="x")  # (B, D) in [0, 1]
         batch_size = tf.shape(self.x)[0]
-        fc = x = split(self.x, shards)
+        # A matrix product this small gains nothing from a second thread. So a batch is computed in
+        # shards that do not depend on each other, one thread each: fc is a list of them.
+        fc = x = split(self.x, self.shards)
         for n in [256, 128, 64]:
             fc = dense(fc, units=n, activation=tf.nn.elu)
         fc = tf.concat(dense(fc, units=2 * LATENT), axis=0)
@@ -262,22 +144,17 @@ class VAE:
         # Random normal variable for decoder :D
         # Graph mode lets a run feed any tensor, not only placeholders: whoever feeds z overrides
         # the sampler, and neither x nor the encoder is needed. So one graph trains and draws.
-        self.z = tf.add(mu, tf.exp(log_sig_sq / 2) * eps, name="z")
+        self.z = tf.add(mu, tf.exp(log_sig_sq / 2) * eps, name="z")  # (B, K)
 
-        fc = split(self.z, shards)
+        fc = split(self.z, self.shards)
         for n in DECODERS[decoder]:
             fc = dense(fc, units=n, activation=tf.nn.elu)
         if decoder == "tutorial":
             fc = dense(fc, units=4)
         logits = dense(fc, units=PIXELS)
+        self.logits = tf.concat(logits, axis=0)  # (B, D)
         # sigmoid bounds answer to [0,1] for images
-        self.rec = tf.sigmoid(tf.concat(logits, axis=0), name="rec")
-
-        # log p(x | z) = x . logits - sum softplus(logits), of all images with all codes: graph mode
-        # computes it for a report, which fetches it, and leaves it out of training
-        normalizer = [tf.reduce_sum(tf.nn.softplus(shard), axis=1) for shard in logits]
-        dot = [tf.matmul(self.x, shard, transpose_b=True) for shard in logits]
-        self.log_px_z = tf.concat(dot, axis=1) - tf.concat(normalizer, axis=0)
+        self.rec = tf.sigmoid(self.logits, name="rec")
 
         # Both losses are summed over pixels or dimensions and averaged over the batch.
         images = tf.cast(batch_size, tf.float32)
@@ -293,68 +170,34 @@ class VAE:
         # The other updates wait for all gradients, or they would hold up products on the way there.
         gradients = [gradients[0], *tf.tuple(gradients)[1:]]
         self.opt = adam.apply_gradients(zip(gradients, variables), global_step=self.iteration)
+        self.saver = tf.train.Saver()
 
     def step(self, batch, sess):
         """Make one update on batch, (B, 784) in [0, 1]; return its kld, rec_loss as floats."""
-        batch = check_shape("batch", batch, PIXELS)
         _, kld, rec_loss = sess.run([self.opt, self.kld, self.rec_loss], {self.x: batch})
         return float(kld), float(rec_loss)
 
     def encode(self, batch, sess):
         """Return mu, log_sig_sq, float32 (B, 2), of q(z | x) for images (B, 784) in [0, 1]."""
-        batch = check_shape("batch", batch, PIXELS)
         return sess.run([self.mu, self.log_sig_sq], {self.x: batch})
 
     def decode(self, z, sess):
         """Return the images, float32 (B, 28, 28) in [0, 1], that the codes z, (B, 2), stand for."""
-        return sess.run(self.rec, {self.z: check_shape("z", z, LATENT)}).reshape(-1, SIDE, SIDE)
+        return sess.run(self.rec, {self.z: z}).reshape(-1, SIDE, SIDE)
 
     def restore(self, directory, sess):
         """Load the newest complete checkpoint in a directory, in place of any other values.
 
-        A checkpoint that the tutorial's own program saved will do: what it lacks, such as the
-        iteration number, is initialized. Raises ValueError if there is none, if it is damaged, or
-        if it is of another network.
+        A checkpoint that the tutorial's own program saved, once a `tf.train.Saver` was added to it,
+        will do: what it lacks, such as the iteration number, is initialized. Raises ValueError if
+        there is none, if it is damaged, or if it is of another network.
         """
-        run = read_run(directory)
-        if run and (held := run["settings"]["decoder"]) != self.decoder:
-            raise ValueError(f"{directory}: has the {held} decoder, not the {self.decoder} one")
-        prefix = f"{directory}/{run['model']}" if run else tf.train.latest_checkpoint(directory)
-        if prefix is None:
-            raise ValueError(f"{directory}: expected a directory with a checkpoint, found none")
-        try:
-            shapes = tf.train.load_checkpoint(prefix).get_variable_to_shape_map()
-            for name, shape in ((v.op.name, v.shape.as_list()) for v in tf.trainable_variables()):
-                if (found := shapes.get(name, "missing")) != shape:
-                    raise ValueError(f"of another network: {name} must be {shape}, is {found}")
-            sess.run(tf.global_variables_initializer())
-            saved = [v for v in tf.global_variables() if v.op.name in shapes]
-            tf.train.Saver(saved).restore(sess, prefix)
-        except (tf.errors.OpError, RuntimeError, ValueError) as error:
-            raise ValueError(f"{prefix}: not a checkpoint to use: {one_line(error)}") from error
+        restore_variables(self, directory, sess)
 
 
-# ------------------------------------------------------------------------------------ pictures
-@contextmanager
-def whole_file(path):
-    """Open a binary file that takes path's place once it is complete, and never before."""
-    temporary = Path(f"{path}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def save_picture(fig, path):
-    """Write a figure as a PNG file, whole or not at all."""
-    with whole_file(path) as file:
-        fig.savefig(file, format="png")
-
-
-def display_manifold(model, sess, path, show=False):
+# ------------------------------------------------------------------------------------- picture
+@matplotlib.style.context("default")  # whatever the user's matplotlibrc says
+def display_manifold(model, sess, path="latent.png", show=False):
     """Draw 30 x 30 images, decoded over [-2, 2] in both latent dimensions, into a PNG file.
 
     Each decoded pixel is one pixel of the file, unsmoothed. show=True also opens a window, where
@@ -387,64 +230,142 @@ def display_manifold(model, sess, path, show=False):
     axes.set_yticks(ticks[::-1], coordinates)
     save_picture(fig, path)
     if show:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # without a display there is no window, only the file
+        if plt.get_backend().lower() == "agg":  # what pyplot takes where no window can open
+            print("--show: there is no display", file=sys.stderr)
+        else:
             plt.show()
         plt.close(fig)
     return figure
 
 
+# ---------------------------------------------------------------------------------------- data
+def load_mnist(path=None):
+    """Load MNIST, or a data set of the same form such as Fashion-MNIST.
+
+    Parameters
+    ----------
+    path : str or Path, optional
+        An .npz archive with the arrays of `mnist.npz`. Default: `data/mnist.npz` beside this
+        module; where that is missing, what `tf.keras.datasets.mnist.load_data()` has or downloads.
+
+    Returns
+    -------
+    (x_train, y_train), (x_test, y_test)
+        Images, uint8 (N, 28, 28) from 0 to 255, and labels, integers (N,).
+
+    Raises OSError if there is no such file, or none at all and no download; ValueError if it is
+    not such an archive. Pickled objects are never loaded.
+    """
+    if path is None and not (path := HERE / "data" / "mnist.npz").exists():
+        try:
+            return tf.keras.datasets.mnist.load_data()
+        except Exception as error:  # Keras raises the bare class
+            reason = f"no data: {path} is missing and MNIST cannot be downloaded ({error})"
+            raise OSError(f"{reason}; get a file mnist.npz and give it with --data FILE") from error
+    data = {}
+    with open(path, "rb") as file:  # a missing file or a directory fails here, by name
+        try:
+            archive = np.lib.npyio.NpzFile(file, allow_pickle=False)
+            for name in ("x_train", "y_train", "x_test", "y_test"):
+                data[name] = archive[name]
+        except Exception as error:  # NumPy, zipfile and zlib raise whatever they come upon
+            expected = "expected an .npz archive like mnist.npz, got a damaged, truncated or other"
+            raise ValueError(f"{path}: {expected} file: {error}") from error
+    for part in ("train", "test"):
+        x, y = data[f"x_{part}"], data[f"y_{part}"]
+        if x.dtype != np.uint8 or x.shape[1:] != (SIDE, SIDE) or not len(x):
+            expected, got = f"x_{part} must be uint8 (N, {SIDE}, {SIDE}) with N > 0", x
+        elif y.dtype.kind not in "iu" or y.shape != x.shape[:1]:
+            expected, got = f"y_{part} must be integers ({len(x)},)", y
+        else:
+            continue
+        raise ValueError(f"{path}: {expected}, got {got.dtype} {got.shape}")
+    return (data["x_train"], data["y_train"]), (data["x_test"], data["y_test"])
+
+
+def scale(images, out=None):
+    """Return images, uint8 (B, 28, 28), as the network's input, float32 (B, D) in [0, 1]."""
+    return np.divide(images.reshape(-1, PIXELS), np.float32(255), out=out)
+
+
+def random_batches(x_train, batch_size=BATCH_SIZE, seed=0, first=0):
+    """Yield the batches of the iterations first, first + 1, ..., float32 (B, D) in [0, 1].
+
+    Images are drawn with replacement. A batch depends on (seed, iteration) alone, so no generator's
+    state has to outlive a run; each is written over the one before it.
+    """
+    # TensorFlow reads a batch in place, without a copy, if it starts at a multiple of 64 bytes.
+    memory = np.empty(batch_size * PIXELS + 16, np.float32)
+    start = -memory.ctypes.data % 64 // memory.itemsize
+    x_batch = memory[start:][: batch_size * PIXELS].reshape(batch_size, PIXELS)
+    # One generator serves many iterations: making one is slow after a training step, when all that
+    # it needs has left the processor's cache. The bound keeps the indices of big batches small.
+    rows = max(1, min(64, 2**20 // batch_size))
+    for i in itertools.count(first):
+        block, row = divmod(i, rows)
+        if row == 0 or i == first:
+            generator = np.random.default_rng([seed, block])
+            indices = generator.integers(len(x_train), size=(rows, batch_size))
+        batch_idx = indices[row]
+        yield scale(x_train[batch_idx], out=x_batch)
+
+
 # ------------------------------------------------------------------------------------ training
-def live_line(text=""):
-    """Show text in place of the live line on a terminal's standard error, and nowhere else."""
-    if sys.stderr.isatty():
-        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+def train(model, sess, x_train, run, log_every, checkpoint_every, stopped=()):
+    """Make the updates that a run lacks, or as many as there is time for until it is stopped.
 
+    Parameters
+    ----------
+    run : Run
+        Where the run stands; kept up to date and saved every `checkpoint_every` iterations, and
+        once it stands still.
+    stopped : sequence, default ()
+        As soon as there is something in it, the run is saved and left.
 
-def train(model, sess, x_train, run, args, stopped, save):
-    """Go on with a run up to args.iterations, or until a signal's number is in `stopped`.
-
-    The record of the run (see `check_run`) is kept up to date; save() saves it. Raises
-    FloatingPointError where a loss is not finite, with nothing of that iteration saved.
+    Raises FloatingPointError where a loss is not finite, with nothing of that iteration saved.
     """
     # Where nobody fetches the losses, graph mode leaves out what only they need.
     update = sess.make_callable(model.opt, feed_list=[model.x])
-    x_batch = batch_memory(args.batch_size)
-    first, last = run["iteration"], args.iterations
-    start = shown = time.monotonic()
-
-    def checked(i, kld, rec_loss):
-        text = f"KLD = {kld:f}, RecLoss = {rec_loss:f}"
-        if not math.isfinite(kld + rec_loss):
-            live_line()
-            remedy = f"try a lower --learning-rate than {args.learning_rate}"
-            raise FloatingPointError(f"iteration {i}: {text}, so training stopped; {remedy}")
-        return text
-
-    for i in range(first, last):
-        random_batch(x_train, args.batch_size, args.seed, i, out=x_batch)
-        if i % args.log_every == 0:
+    batch_size, seed = run.settings["batch_size"], run.settings["seed"]
+    batches = random_batches(x_train, batch_size, seed, first=run.iteration)
+    for i, x_batch in zip(progress(run.iteration, run.iterations), batches):
+        if i % log_every == 0:
             kld, rec_loss = model.step(x_batch, sess)
-            text = checked(i, kld, rec_loss)
-            run["log"].append([i, kld, rec_loss])
-            live_line()
-            print(f"Iteration {i}: {text}", flush=True)
+            check_losses(run, i, kld, rec_loss)
+            run.log.append([i, kld, rec_loss])
+            say(f"Iteration {i}: KLD = {kld:f}, RecLoss = {rec_loss:f}")
         else:
             update(x_batch)
-        done = run["iteration"] = i + 1
-        if done % args.checkpoint_every == 0 or done == last or stopped:
-            # The next iteration's losses show whether the weights to be saved are sound.
-            random_batch(x_train, args.batch_size, args.seed, done, out=x_batch)
-            checked(done, *sess.run([model.kld, model.rec_loss], {model.x: x_batch}))
-            save()
+        run.iteration = i + 1
+        if run.iteration % checkpoint_every == 0 or run.iteration == run.iterations or stopped:
+            # The losses of the same images under the new weights show whether these are sound.
+            check_losses(run, i + 1, *sess.run([model.kld, model.rec_loss], {model.x: x_batch}))
+            run.save(model, sess)
             if stopped:  # asked here alone, so that nothing stops between a check and the save
                 break
-        if time.monotonic() - shown > 0.2:
-            shown = time.monotonic()
-            speed = (done - first) / (shown - start)
-            left = (last - done) / speed
-            live_line(f"{done / last:4.0%}, {speed:.0f} iterations/s, {left:.0f} s left")
-    live_line()
+
+
+# ======================================================================= beyond the tutorial
+
+
+# --------------------------------------------------------------------------------- the machine
+def shard_count():
+    """Return how many shards of a batch to compute side by side: 2, or 1 on one core or a GPU.
+
+    More shards than two make the products smaller still and gain nothing on two cores; a GPU
+    prefers the batch whole.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return 1 if cores == 1 or tf.config.list_physical_devices("GPU") else 2
+
+
+def session(shards=None):
+    """Open a session on the current graph, with one thread for each shard of a batch."""
+    shards = shards or shard_count()
+    threads = {"intra_op_parallelism_threads": 1, "inter_op_parallelism_threads": shards}
+    options = tf.GPUOptions(allow_growth=True)  # a GPU's memory as needed, not all of it
+    config = tf.ConfigProto(gpu_options=options, **(threads if shards > 1 else {}))
+    return tf.Session(config=config)
 
 
 @contextmanager
@@ -465,91 +386,219 @@ def stop_signals():
             signal.signal(each, handler)
 
 
-# --------------------------------------------------------------------------------- checkpoints
-def read_run(directory):
-    """Return the record of the newest complete checkpoint in a directory, None if it has none.
+def lock(directory, held):
+    """Keep other runs out of a directory until `held`, an ExitStack, closes, or the process ends."""
+    try:
+        import fcntl
 
-    Raises ValueError if there is a record, but a damaged one.
-    """
+        descriptor = os.open(directory, os.O_RDONLY)
+        held.callback(os.close, descriptor)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(f"{directory.parent}: another run is at work there") from error
+    except (ImportError, OSError):
+        pass  # Windows and some file systems have no such locks
+
+
+# -------------------------------------------------------------------------------------- output
+def live_line(text=""):
+    """Show text in place of the live line on a terminal's standard error, and nowhere else."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+
+def progress(first, last):
+    """Yield the iterations from first to last; the live line shows the share done and time left."""
+    start = shown = time.monotonic()
+    for i in range(first, last):
+        yield i
+        if time.monotonic() - shown > 0.2:
+            shown = time.monotonic()
+            speed = (i + 1 - first) / (shown - start)
+            left = (last - i - 1) / speed
+            live_line(f"{(i + 1) / last:4.0%}, {speed:.0f} iterations/s, {left:.0f} s left")
+    live_line()
+
+
+def say(text):
+    """Print a line on standard output."""
+    live_line()
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        sys.stdout = None  # or Python would complain once more at its end
+        raise OSError(error.errno, error.strerror, "standard output") from error
+
+
+def one_line(error):
+    """Return what an exception says, in one line."""
+    if isinstance(error, tf.errors.OpError):
+        error = error.message.split("\n\t [[")[0].splitlines()[-1]  # without where in the graph
+    elif isinstance(error, OSError) and error.filename:
+        error = f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split())
+
+
+def write_file(path, content):
+    """Write bytes into a file, whole or not at all."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise OSError(error.errno, error.strerror, str(temporary)) from error
+
+
+def save_picture(fig, path):
+    """Write a figure as a PNG file, whole or not at all."""
+    content = io.BytesIO()
+    fig.savefig(content, format="png")
+    write_file(path, content.getvalue())
+
+
+# ---------------------------------------------------------------------------------------- runs
+SETTINGS = ("decoder", "seed", "batch_size", "learning_rate", "shards")  # that decide a result
+DRAWN = ("latent.png", "metrics.json", "codes.png", "reconstructions.png", "training.png")
+
+
+class CheckpointError(ValueError):
+    """There is no checkpoint where one is expected, or a damaged one, or of another network."""
+
+
+@dataclass
+class Run:
+    """A training run, and where it stands; run.json holds all of it but the directory."""
+
+    directory: Path
+    settings: dict  # what decides the result, by name
+    iterations: int  # wanted
+    iteration: int = 0  # made
+    log: list = field(default_factory=list)  # [[iteration, kld, rec_loss], ...]
+    model: str = ""  # the name of the newest checkpoint, this run's or one that it will replace
+    drawn: bool = False  # whether pictures of an older checkpoint are there
+
+    def finished(self):
+        return self.iteration >= self.iterations
+
+    def save(self, model, sess):
+        """Save the variables, then the record of the run, then what is derived from it.
+
+        There are two names for the variables' files. The one that run.json does not name is used
+        anew, and then run.json, replaced in one step, names it: so at every moment it belongs to a
+        whole checkpoint. Raises OSError if that fails; the older checkpoint is then still there.
+        """
+        directory = self.directory / "checkpoint"
+        name = "vae_mnist-b" if self.model == "vae_mnist-a" else "vae_mnist-a"
+        for path in directory.iterdir():
+            if path.name.startswith(f"{name}."):  # older, or left by a save that was killed
+                path.unlink()
+        try:
+            model.saver.save(sess, str(directory / name), write_meta_graph=False, write_state=False)
+        except (tf.errors.OpError, ValueError) as error:
+            raise OSError(f"{directory}: cannot save a checkpoint: {one_line(error)}") from error
+        self.model = name
+        self.write_record()
+        if self.drawn:
+            for picture in DRAWN:
+                (self.directory / picture).unlink(missing_ok=True)
+            self.drawn = False
+            self.write_record()
+        lines = ["iteration,kld,rec_loss", *(",".join(map(repr, line)) for line in self.log), ""]
+        write_file(self.directory / "log.csv", "\n".join(lines).encode())
+        state = f'model_checkpoint_path: "{name}"\n'  # for tf.train.latest_checkpoint
+        write_file(directory / "checkpoint", state.encode())
+        self.drawn = self.finished()
+
+    def write_record(self):
+        record = {key: value for key, value in vars(self).items() if key != "directory"}
+        write_file(self.directory / "checkpoint" / "run.json", json.dumps(record).encode())
+
+
+def read_run(directory):
+    """Return the run whose newest checkpoint is in a directory, None if there is none."""
     path = Path(directory) / "run.json"
     try:
-        run = json.loads(path.read_bytes())
-        if {"model", "iteration", "iterations", "settings", "log"} <= run.keys():
-            run["settings"].setdefault("decoder", "tutorial")  # once there was no other
-            return run
+        run = Run(path.parent.parent, **json.loads(path.read_bytes()))
+        run.settings.setdefault("decoder", "tutorial")  # once there was no other
+        run.settings.setdefault("shards", shard_count())  # nor were these recorded
+        return run
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (ValueError, AttributeError):
-        pass
-    raise ValueError(f"{path}: expected the record of a checkpoint, got a damaged file")
+    except (ValueError, TypeError, AttributeError) as error:
+        damaged = "expected the record of a checkpoint, got a damaged file"
+        raise CheckpointError(f"{path}: {damaged}") from error
 
 
-def save_checkpoint(saver, sess, output_dir, run):
-    """Save all the variables and the record of their run, then its log as log.csv.
-
-    The variables go to files of a new name; only when these are complete does run.json, replaced in
-    one step, name them, so that at every moment it belongs to a whole checkpoint. Raises OSError if
-    that fails; the older checkpoint is then still there.
-    """
-    directory, name = output_dir / "checkpoint", f"model-{run['iteration']}"
-    if name == run.get("model"):  # what is to be replaced ended at the same iteration
-        name += "-new"
-    directory.mkdir(exist_ok=True)
-    try:
-        saver.save(sess, str(directory / name), write_meta_graph=False)
-    except (tf.errors.OpError, ValueError) as error:
-        raise OSError(f"{directory}: cannot save a checkpoint: {one_line(error)}") from error
-    run["model"] = name
-    with whole_file(directory / "run.json") as file:
-        file.write(json.dumps(run).encode())
-    write_log(output_dir, run)
-    for path in directory.iterdir():  # older checkpoints, and what a killed run left unfinished
-        if path.name.startswith(("model-", "checkpoint.tmp")) and path.stem != name:
-            path.unlink()
-
-
-def write_log(output_dir, run):
-    """Write the lines of the run's log, at full precision, as log.csv."""
-    lines = ["iteration,kld,rec_loss", *(",".join(map(repr, line)) for line in run["log"]), ""]
-    with whole_file(output_dir / "log.csv") as file:
-        file.write("\n".join(lines).encode())
-
-
-def check_run(args, settings):
-    """Return the record of the run that goes on or begins, as the command line asks for it.
+def open_run(args, x_train, held):
+    """Lock the output directory; return the run that goes on or begins there.
 
     Raises ValueError if that would lose an unfinished run, or mix two runs.
     """
-    directory, run = args.output_dir / "checkpoint", None
+    directory, old = args.output_dir / "checkpoint", None
+    if not args.resume:
+        directory.mkdir(parents=True, exist_ok=True)
+    lock(directory, held)
     try:
-        run = read_run(directory)
-    except ValueError as error:
+        old = read_run(directory)
+    except CheckpointError as error:
         if not args.overwrite:
             raise ValueError(f"{error}; --overwrite begins a new run in its place") from error
-    if args.resume and not run:
-        raise ValueError(f"--resume: there is no checkpoint in {directory}")
-    if run:
-        unfinished = run["iteration"] < run["iterations"]
-        state = f"the run in {args.output_dir} stopped after {run['iteration']} of "
-        state += f"{run['iterations']} iterations"
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    settings["data"] = "sha256:" + hashlib.sha256(x_train).hexdigest()
+
     if args.resume:
+        if not old:
+            raise ValueError(f"--resume: there is no checkpoint in {directory}")
         for name, value in settings.items():
-            if value != (old := run["settings"].get(name)):
+            if value not in (None, recorded := old.settings.get(name)):
                 option = f"--{name.replace('_', '-')} is {value}"
-                raise ValueError(f"--resume: {option}, but the run in {args.output_dir} has {old}")
-        if unfinished and args.iterations < run["iteration"]:
-            raise ValueError(f"--resume: {state}, beyond --iterations {args.iterations}")
-        return {**run, "iterations": max(args.iterations, run["iteration"])}
-    if run and not args.overwrite:
-        if unfinished:
-            raise ValueError(f"{state}: go on with --resume, or replace it with --overwrite")
-        print(f"Replacing the finished run in {args.output_dir}", flush=True)
-    new = {"iteration": 0, "iterations": args.iterations, "settings": settings, "log": []}
-    return {**new, "model": run and run["model"]}
+                has = f"the run in {args.output_dir} has {recorded}"
+                raise ValueError(f"--resume: {option}, but {has}")
+        return old
+
+    settings["shards"] = args.shards or shard_count()
+    run = Run(args.output_dir, settings, args.iterations)
+    if old:
+        if not (old.finished() or args.overwrite):
+            state = f"stopped after {old.iteration} of {old.iterations} iterations"
+            choice = "go on with --resume, or replace it with --overwrite"
+            raise ValueError(f"the run in {args.output_dir} {state}: {choice}")
+        run.model, run.drawn = old.model, old.drawn or old.finished()
+    return run
+
+
+def restore_variables(model, directory, sess):
+    """Do what `VAE.restore` promises."""
+    run = read_run(directory)
+    if run and (held := run.settings["decoder"]) != model.decoder:
+        raise CheckpointError(f"{directory}: has the {held} decoder, not the {model.decoder} one")
+    prefix = f"{directory}/{run.model}" if run else tf.train.latest_checkpoint(directory)
+    if prefix is None:
+        raise CheckpointError(f"{directory}: expected a directory with a checkpoint, found none")
+    try:
+        shapes = tf.train.load_checkpoint(prefix).get_variable_to_shape_map()
+        for name, shape in ((v.op.name, v.shape.as_list()) for v in tf.trainable_variables()):
+            if (found := shapes.get(name, "missing")) != shape:
+                raise ValueError(f"of another network: {name} must be {shape}, is {found}")
+        sess.run(tf.global_variables_initializer())
+        saved = [v for v in tf.global_variables() if v.op.name in shapes]
+        tf.train.Saver(saved).restore(sess, prefix)
+    except (tf.errors.OpError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{prefix}: not a checkpoint to use: {one_line(error)}") from error
+
+
+def check_losses(run, iteration, kld, rec_loss):
+    """Raise FloatingPointError unless the losses of an iteration are finite."""
+    if not math.isfinite(kld + rec_loss):
+        losses = f"iteration {iteration}: KLD = {kld:f}, RecLoss = {rec_loss:f}"
+        remedy = f"try a lower --learning-rate than {run.settings['learning_rate']}"
+        raise FloatingPointError(f"{losses}, so training stopped; {remedy}")
 
 
 # -------------------------------------------------------------------------------------- report
-def evaluate(model, sess, images, seed=0, reach=6.0, step=0.03, stopped=()):
+def evaluate(model, sess, images, seed=0, reach=6.0, step=0.03):
     """Measure what a model has learnt of images, uint8 (N, 28, 28), in nats an image.
 
     Parameters
@@ -558,8 +607,6 @@ def evaluate(model, sess, images, seed=0, reach=6.0, step=0.03, stopped=()):
         Decides the samples of z, 100 an image.
     reach, step : float, default 6.0 and 0.03
         Of the grid of codes, over [-reach, reach] in both dimensions.
-    stopped : sequence, default ()
-        As soon as there is something in it, the measuring ends and None is returned.
 
     Returns
     -------
@@ -570,13 +617,17 @@ def evaluate(model, sess, images, seed=0, reach=6.0, step=0.03, stopped=()):
         -log of the integral of N(z; 0, I) p(x | z) dz, as a sum over the grid.
     """
     rng, x = np.random.default_rng(seed), scale(images)
-    log_px_z = sess.make_callable(model.log_px_z, feed_list=[model.x, model.z])
+    with sess.graph.as_default():
+        # log p(x | z) = x . logits - sum softplus(logits), of all images with all codes
+        shards = split(model.logits, model.shards)
+        dot = [tf.matmul(model.x, shard, transpose_b=True) for shard in shards]
+        normalizer = [tf.reduce_sum(tf.nn.softplus(shard), axis=1) for shard in shards]
+        log_px_z = tf.concat(dot, axis=1) - tf.concat(normalizer, axis=0)
+    log_px_z = sess.make_callable(log_px_z, feed_list=[model.x, model.z])
     mu, log_sig_sq = np.float64(model.encode(x, sess))
     kld = 0.5 * np.sum(np.exp(log_sig_sq) - log_sig_sq + mu**2 - 1, axis=1)
     rec_loss, iw_bound = np.empty((2, len(x)))
     for i, (mean, log_var) in enumerate(zip(mu, log_sig_sq)):
-        if stopped:
-            return None
         eps = rng.standard_normal((100, LATENT))
         z = mean + np.exp(log_var / 2) * eps
         log_px = np.float64(log_px_z(x[i : i + 1], z)[0])
@@ -588,8 +639,6 @@ def evaluate(model, sess, images, seed=0, reach=6.0, step=0.03, stopped=()):
     codes = np.stack(np.meshgrid(grid, grid), axis=-1).reshape(-1, LATENT)
     log_px = np.full(len(x), -np.inf)
     for z in np.array_split(codes, 1 + len(codes) // 500):  # in blocks: memory stays small
-        if stopped:
-            return None
         log_joint = log_px_z(x, z) - np.float32(np.sum(z**2, axis=1) / 2)
         largest = log_joint.max(axis=1)
         total = np.sum(np.exp(log_joint - largest[:, None]), axis=1, dtype=np.float64)
@@ -599,6 +648,12 @@ def evaluate(model, sess, images, seed=0, reach=6.0, step=0.03, stopped=()):
     return dict(zip(names, (rec_loss, kld, rec_loss + kld, iw_bound, nll)))
 
 
+# Ten colours that colour-blind people can tell apart: Petroff 2021, arXiv:2107.02270.
+COLOURS = ["#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6",
+           "#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd"]  # fmt: skip
+
+
+@matplotlib.style.context("default")
 def draw_codes(mu, labels, title, path):
     """Draw codes, (N, K), coloured by their labels, integers (N,), into a PNG file."""
     fig = matplotlib.figure.Figure(figsize=(8, 7.2), dpi=100, layout="constrained")
@@ -614,6 +669,7 @@ def draw_codes(mu, labels, title, path):
     save_picture(fig, path)
 
 
+@matplotlib.style.context("default")
 def draw_reconstructions(model, sess, images, labels, title, path):
     """Draw ten images of each of ten classes over what the model makes of their mu, as PNG."""
     classes = np.unique(labels)[:10]
@@ -630,6 +686,7 @@ def draw_reconstructions(model, sess, images, labels, title, path):
     save_picture(fig, path)
 
 
+@matplotlib.style.context("default")
 def draw_training(log, path):
     """Draw both losses of a run's log, [[iteration, kld, rec_loss], ...], into a PNG file."""
     iterations, *losses = np.transpose(log)
@@ -646,36 +703,29 @@ def draw_training(log, path):
     save_picture(fig, path)
 
 
-def report(model, sess, test, run, output_dir, stopped):
-    """Print what `evaluate` measures on the test set, save it as metrics.json, draw pictures.
-
-    Returns whether there was time for it, before a signal's number was in `stopped`.
-    """
+def report(model, sess, test, run):
+    """Print what `evaluate` measures on the test set, save it as metrics.json, draw pictures."""
     x_test, y_test = test
     count = f"{len(x_test):,} test images"
     live_line(f"Measuring {count}")
-    figures = evaluate(model, sess, x_test, stopped=stopped)
-    live_line()
-    if figures is None:
-        return False
-    print(f"On {count}, nats an image (standard error):")
+    figures = evaluate(model, sess, x_test)
+    say(f"On {count}, nats an image (standard error):")
     metrics = {}
     for name, values in figures.items():
         mean, error = np.mean(values), np.std(values) / len(values) ** 0.5
         metrics[name] = {"mean": mean, "standard_error": error}
-        print(f"{name:8} {mean:8.2f} ({error:.2f})")
-    content = {"settings": run["settings"], "iteration": run["iteration"], "metrics": metrics}
-    with whole_file(output_dir / "metrics.json") as file:
-        file.write((json.dumps(content, indent=2) + "\n").encode())
+        say(f"{name:8} {mean:8.2f} ({error:.2f})")
+    content = {"settings": run.settings, "iteration": run.iteration, "metrics": metrics}
+    write_file(run.directory / "metrics.json", (json.dumps(content, indent=2) + "\n").encode())
     mu, _ = model.encode(scale(x_test), sess)
     title = f"Codes of {count}: KLD {metrics['KLD']['mean']:.2f} nats an image"
-    draw_codes(mu, y_test, title, output_dir / "codes.png")
+    draw_codes(mu, y_test, title, run.directory / "codes.png")
     title = f"RecLoss {metrics['RecLoss']['mean']:.2f} nats an image"
     title = f"Test images, each over its reconstruction:\n{title}"
-    draw_reconstructions(model, sess, x_test, y_test, title, output_dir / "reconstructions.png")
-    draw_training(run["log"], output_dir / "training.png")
-    print(f"The figures are in {output_dir / 'metrics.json'}, three pictures beside it")
-    return True
+    path = run.directory / "reconstructions.png"
+    draw_reconstructions(model, sess, x_test, y_test, title, path)
+    draw_training(run.log, run.directory / "training.png")
+    say(f"The figures are in {run.directory / 'metrics.json'}, three pictures beside it")
 
 
 # -------------------------------------------------------------------------------- command line
@@ -694,6 +744,12 @@ def number(kind, least, most, expected):
     return read
 
 
+def utf8_path(text):
+    """Read an argument: a path whose name is UTF-8, as TensorFlow wants it."""
+    text.encode()  # or a ValueError, which argparse reports
+    return Path(text)
+
+
 def parse_arguments(argv):
     """Return the parser of the command line, and the options."""
     parser = argparse.ArgumentParser(
@@ -708,13 +764,16 @@ def parse_arguments(argv):
     positive = number(int, 1, 2**31 - 1, "a whole number from 1 to 2147483647")
     seed = number(int, 0, 2**31 - 1, "a whole number from 0 to 2147483647")
     rate = number(float, 1e-45, np.finfo(np.float32).max, "a number above 0")
+    shards = number(int, 1, 64, "a whole number from 1 to 64")
     parser.add_argument("--data", metavar="FILE", help="an .npz archive (default: data/mnist.npz)")
-    add("--output-dir", "where files go, made if missing", "outputs", type=Path, metavar="DIR")
+    add("--output-dir", "where files go, made if missing", "outputs", type=utf8_path, metavar="DIR")
     add("--iterations", "updates to make", ITERATIONS, type=positive, metavar="N")
     add("--batch-size", "images an iteration", BATCH_SIZE, type=positive, metavar="N")
     add("--learning-rate", "step size of Adam", LEARNING_RATE, type=rate, metavar="R")
     add("--decoder", "as the tutorial lists or describes it", "tutorial", choices=DECODERS)
     add("--seed", "decides everything random", 0, type=seed, metavar="N")
+    text = "parts of a batch computed side by side (default: what suits the machine)"
+    parser.add_argument("--shards", type=shards, metavar="N", help=text)
     add("--log-every", "iterations a log line", LOG_EVERY, type=positive, metavar="N")
     add("--checkpoint-every", "iterations a save", CHECKPOINT_EVERY, type=positive, metavar="N")
     group = parser.add_mutually_exclusive_group()
@@ -725,20 +784,32 @@ def parse_arguments(argv):
     return parser, parser.parse_args(argv)
 
 
-def one_line(error):
-    """Return what an exception says, in one line."""
-    if isinstance(error, tf.errors.OpError):
-        error = error.message.split("\n\t [[")[0].splitlines()[-1]  # without where in the graph
-    elif isinstance(error, OSError) and error.strerror:
-        error = f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split())
-
-
-def stopped_by(number, when):
-    """Say which signal stopped the program, and how to go on; return the exit status."""
-    text = f"Stopped by {signal.Signals(number).name} {when}"
-    print(f"{text}; go on with the same options and --resume", file=sys.stderr)
-    return 128 + number
+def work(args, run, x_train, test):
+    """Do what is asked for, from the first iteration to the report; return the exit status."""
+    decoder, seed, _, learning_rate, shards = (run.settings[name] for name in SETTINGS)
+    with tf.Graph().as_default(), session(shards) as sess:
+        model = VAE(learning_rate, seed, shards, decoder)
+        if args.resume:
+            model.restore(run.directory / "checkpoint", sess)
+            run.save(model, sess)  # so that all files are of one iteration, even after a kill
+            run.iterations = max(args.iterations, run.iteration)
+        else:
+            sess.run(tf.global_variables_initializer())
+            if run.drawn:
+                say(f"Replacing the finished run in {run.directory}")
+        with stop_signals() as stopped:
+            train(model, sess, x_train, run, args.log_every, args.checkpoint_every, stopped)
+        if run.iteration < run.iterations:
+            text = f"Stopped by {signal.Signals(stopped[0]).name} after {run.iteration} of "
+            text += f"{run.iterations} iterations; go on with the same options and --resume"
+            print(text, file=sys.stderr)
+            return 128 + stopped[0]
+        picture = run.directory / "latent.png"
+        display_manifold(model, sess, picture, args.show)
+        say(f"The manifold of the latent codes is in {picture}")
+        if args.report:
+            report(model, sess, test, run)
+    return 0
 
 
 def main(argv=None):
@@ -749,43 +820,22 @@ def main(argv=None):
     that does not fit them, and 1 after a fault while running.
     """
     parser, args = parse_arguments(argv)
-    output_dir, picture = args.output_dir, args.output_dir / "latent.png"
-    try:
-        # the tutorial ignores testing data and labels; a report needs them
-        (x_train, _), test = load_mnist(args.data)
-        settings = {name: vars(args)[name] for name in SETTINGS}
-        settings["data"] = "sha256:" + hashlib.sha256(x_train).hexdigest()
-        run = check_run(args, settings)
-        output_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output_dir):
-            pass  # so it can be written
-    except (OSError, ValueError) as error:
-        parser.error(one_line(error))
-    try:
-        with tf.Graph().as_default(), stop_signals() as stopped:
-            model = VAE(args.learning_rate, args.seed, decoder=args.decoder)
-            saver = tf.train.Saver(max_to_keep=None, save_relative_paths=True)
-            with session() as sess:
-                if args.resume:
-                    try:
-                        model.restore(output_dir / "checkpoint", sess)
-                    except ValueError as error:
-                        parser.error(f"--resume: {one_line(error)}")
-                    write_log(output_dir, run)
-                else:
-                    sess.run(tf.global_variables_initializer())
-                save = partial(save_checkpoint, saver, sess, output_dir, run)
-                train(model, sess, x_train, run, args, stopped, save)
-                if run["iteration"] < args.iterations:
-                    when = f"after {run['iteration']} of {args.iterations} iterations"
-                    return stopped_by(stopped[0], when)
-                display_manifold(model, sess, picture, args.show)
-                print(f"The manifold of the latent codes is in {picture}", flush=True)
-                if args.report and not report(model, sess, test, run, output_dir, stopped):
-                    return stopped_by(stopped[0], "while measuring")
-    except (OSError, MemoryError, FloatingPointError, tf.errors.OpError) as error:
-        parser.exit(1, f"{parser.prog}: error: {one_line(error)}\n")
-    return 0
+    with ExitStack() as held:
+        try:
+            # the tutorial ignores testing data and labels; a report needs them
+            (x_train, _), test = load_mnist(args.data)
+            run = open_run(args, x_train, held)
+        except (OSError, ValueError) as error:
+            parser.error(one_line(error))
+        try:
+            return work(args, run, x_train, test)
+        except CheckpointError as error:
+            parser.error(f"--resume: {one_line(error)}")
+        except (OSError, MemoryError, FloatingPointError, tf.errors.OpError) as error:
+            if isinstance(error, MemoryError):
+                error = f"no memory for batches of {args.batch_size} images: {error}"
+            live_line()
+            parser.exit(1, f"{parser.prog}: error: {one_line(error)}\n")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 import hashlib
 import struct
+import tracemalloc
+import zipfile
 
 import numpy as np
 import pytest
@@ -42,39 +44,79 @@ def test_any_archive_with_the_same_keys_works(tmp_path):
     assert y_train.tolist() == [0, 1, 2] and x_test[0, 0, 0] == 9 and y_test.tolist() == [1, 0]
 
 
+def batch_of(x_train, batch_size, seed, iteration):
+    """Return the batch of one iteration."""
+    return next(vae_mnist.random_batches(x_train, batch_size, seed, first=iteration))
+
+
+def numbered_images(count):
+    """Return images of which each one's first two pixels are its number."""
+    images = np.zeros((count, 28, 28), np.uint8)
+    images[:, 0, 0], images[:, 0, 1] = np.divmod(np.arange(count), 256)
+    return images
+
+
+def numbers(batch):
+    """Return which of the numbered images a batch holds."""
+    return np.rint(batch[:, 0] * 255).astype(int) * 256 + np.rint(batch[:, 1] * 255).astype(int)
+
+
 def test_batch_is_drawn_from_seed_and_iteration_with_replacement():
     x_train = np.arange(60, dtype=np.uint8)[:, None, None] + np.zeros((1, 28, 28), np.uint8)
-    batch = vae_mnist.random_batch(x_train, 3000, seed=5, iteration=9)
+    batch = batch_of(x_train, 3000, seed=5, iteration=9)
     assert batch.dtype == np.float32 and batch.shape == (3000, 784)
-    assert np.array_equal(batch, vae_mnist.random_batch(x_train, 3000, seed=5, iteration=9))
+    assert np.array_equal(batch, batch_of(x_train, 3000, seed=5, iteration=9))
     for other in [(5, 10), (6, 9), (9, 5), (5, 73)]:  # 64 iterations are drawn together
-        assert not np.array_equal(batch, vae_mnist.random_batch(x_train, 3000, *other))
+        assert not np.array_equal(batch, batch_of(x_train, 3000, *other))
     counts = np.bincount(np.rint(batch[:, 0] * 255).astype(int), minlength=60)
     assert len(counts) == 60
     chi_square = np.sum((counts - 50) ** 2 / 50)  # 59 degrees of freedom
     assert 25 < chi_square < 110
 
 
-def test_every_iteration_draws_another_batch_in_whatever_order():
-    x_train = np.zeros((60000, 28, 28), np.uint8)
-    x_train[:, 0, 0], x_train[:, 0, 1] = np.divmod(np.arange(60000), 256)  # each image its number
-    forwards = [vae_mnist.random_batch(x_train, 4, 0, i) for i in range(200)]
-    backwards = [vae_mnist.random_batch(x_train, 4, 0, i) for i in reversed(range(200))]
+def test_every_iteration_draws_another_batch_wherever_it_starts():
+    x_train = numbered_images(60000)
+    batches = vae_mnist.random_batches(x_train, 4, seed=0)
+    forwards = [batch.copy() for _, batch in zip(range(200), batches)]
+    backwards = [batch_of(x_train, 4, 0, i) for i in reversed(range(200))]
     assert np.array_equal(forwards, backwards[::-1])
     assert len({batch.tobytes() for batch in forwards}) == 200
 
 
-def test_batch_memory_is_aligned_as_tensorflow_needs_it_to_read_in_place():
+def test_batches_are_the_ones_that_the_seed_has_always_drawn():
+    """A run that an earlier version left unfinished goes on with the same batches."""
+    for batch_size, iteration in [(3, 0), (256, 70), (4096, 63)]:
+        block, row = divmod(iteration, 64)
+        drawn = np.random.default_rng([7, block]).integers(60000, size=(64, batch_size))[row]
+        batch = batch_of(numbered_images(60000), batch_size, 7, iteration)
+        assert np.array_equal(numbers(batch), drawn)
+
+
+def test_indices_of_big_batches_take_little_memory(monkeypatch):
+    """A million images: 512 MB for 64 iterations, 8 MB for one. Images of one pixel here."""
+    monkeypatch.setattr(vae_mnist, "PIXELS", 1)
+    x_train = np.arange(200, dtype=np.uint8).reshape(200, 1, 1)
+    tracemalloc.start()
+    try:
+        batches = vae_mnist.random_batches(x_train, 1_000_000, seed=0)
+        first, second = next(batches).copy(), next(batches).copy()
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 40e6 and not np.array_equal(first, second)
+    assert np.array_equal(second, batch_of(x_train, 1_000_000, 0, 1))
+
+
+def test_batch_starts_where_tensorflow_reads_it_in_place():
     for batch_size in (1, 3, 256):
-        memory = vae_mnist.batch_memory(batch_size)
-        assert memory.shape == (batch_size, 784) and memory.dtype == np.float32
-        assert memory.ctypes.data % 64 == 0 and memory.flags.writeable and memory.flags.c_contiguous
+        batch = batch_of(np.zeros((5, 28, 28), np.uint8), batch_size, 0, 0)
+        assert batch.ctypes.data % 64 == 0 and batch.flags.c_contiguous
 
 
 def test_pixels_are_scaled_as_in_the_tutorial():
     x = np.arange(784, dtype=np.uint8).reshape(1, 28, 28)
     expected = (x / 255.0).reshape(-1, 784).astype(np.float32)
-    assert np.array_equal(vae_mnist.random_batch(x, 1, 0, 0), expected)
+    assert np.array_equal(batch_of(x, 1, 0, 0), expected)
 
 
 def wrong(**changes):
@@ -106,6 +148,28 @@ def damaged(path):
     path.write_bytes(content)
 
 
+def huge(path):
+    """Write an archive whose header claims 700 TB."""
+    with zipfile.ZipFile(path, "w") as archive:
+        header = {"descr": "|u1", "fortran_order": False, "shape": (10**12, 28, 28)}
+        with archive.open("x_train.npy", "w") as member:
+            np.lib.format.write_array_header_1_0(member, header)
+
+
+def marked(offset, value):
+    """Return a function that writes an archive with two bytes of its first member's headers set."""
+
+    def write(path):
+        np.savez(path, **arrays())
+        content = bytearray(path.read_bytes())
+        central = content.index(b"PK\1\2")
+        for place in (offset, central + offset + 2):  # the central directory's is 2 further on
+            content[place : place + 2] = value.to_bytes(2, "little")
+        path.write_bytes(content)
+
+    return write
+
+
 BAD = {
     "missing": (lambda path: None, "No such file"),
     "directory": (lambda path: path.mkdir(), "directory"),
@@ -124,6 +188,9 @@ BAD = {
     "empty": (wrong(x_train=np.zeros((0, 28, 28), np.uint8), y_train=np.zeros(0, int)), "N > 0"),
     "labels of another length": (wrong(y_train=np.arange(4)), "(3,)"),
     "float labels": (wrong(y_train=np.zeros(3)), "float64"),
+    "of 700 TB": (huge, "Unable to allocate"),
+    "encrypted": (marked(6, 1), "encrypted"),
+    "of unknown compression": (marked(8, 99), "compression"),
     "pickled": (wrong(y_train=np.array([{}, 1, 2], object)), "pickle"),
 }
 

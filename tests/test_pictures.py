@@ -35,9 +35,9 @@ def test_manifold_has_z0_to_the_right_and_z1_upwards(tmp_path):
     np.testing.assert_allclose(figure[27::28, :][:, ::28], np.tile(grid[::-1, None], 30), atol=1e-6)
 
 
-def test_each_decoded_pixel_is_one_pixel_of_the_file(tmp_path):
-    figure = vae_mnist.display_manifold(Noise(), None, tmp_path / "latent.png")
-    png = matplotlib.image.imread(tmp_path / "latent.png")[..., :3]
+def assert_each_pixel_of(figure, path):
+    """Some part of a PNG file, and only one, is the figure in grey, pixel for pixel."""
+    png = matplotlib.image.imread(path)[..., :3]
     assert np.array_equal(png[..., 0], png[..., 1]) and np.array_equal(png[..., 0], png[..., 2])
     expected = matplotlib.colormaps["Greys_r"](figure, bytes=True)[..., 0]
     grey = np.rint(png[..., 0] * 255).astype(np.uint8)
@@ -49,6 +49,23 @@ def test_each_decoded_pixel_is_one_pixel_of_the_file(tmp_path):
         if grey[i, j] == expected[0, 0] and np.array_equal(grey[i:, j:][:840, :840], expected)
     ]
     assert len(places) == 1
+
+
+def test_each_decoded_pixel_is_one_pixel_of_the_file(tmp_path):
+    figure = vae_mnist.display_manifold(Noise(), None, tmp_path / "latent.png")
+    assert_each_pixel_of(figure, tmp_path / "latent.png")
+
+
+def test_users_settings_of_matplotlib_change_nothing(tmp_path):
+    vae_mnist.display_manifold(Noise(), None, tmp_path / "plain.png")
+    mine = {"savefig.dpi": 300, "savefig.bbox": "tight", "figure.autolayout": True}
+    mine |= {"axes.grid": True, "font.size": 20, "figure.facecolor": "black"}
+    with matplotlib.rc_context(mine):
+        for show in (False, True):
+            figure = vae_mnist.display_manifold(Noise(), None, tmp_path / "latent.png", show)
+            assert_each_pixel_of(figure, tmp_path / "latent.png")
+            assert (tmp_path / "latent.png").read_bytes() == (tmp_path / "plain.png").read_bytes()
+        assert matplotlib.rcParams["savefig.dpi"] == 300
 
 
 def test_picture_of_a_model_is_what_it_decodes_one_by_one(tmp_path):
@@ -103,9 +120,10 @@ def test_failure_while_drawing_leaves_the_older_picture(tmp_path, monkeypatch):
     assert path.read_bytes() == b"older" and list(tmp_path.iterdir()) == [path]
 
 
-def test_show_without_a_display_still_writes_the_file(tmp_path, recwarn):
+def test_show_without_a_display_says_so_and_writes_the_file(tmp_path, recwarn, capsys):
     shown = vae_mnist.display_manifold(Ramp(), None, tmp_path / "a.png", show=True)
     assert not [w for w in recwarn if "non-interactive" in str(w.message)]
+    assert capsys.readouterr().err == "--show: there is no display\n"
     vae_mnist.display_manifold(Ramp(), None, tmp_path / "b.png")
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     assert shown.shape == (840, 840)
