@@ -10,11 +10,9 @@ are trained together on KLD + RecLoss, the negative evidence lower bound, in nat
     python vae_mnist.py            # train for 5,000 iterations, then draw outputs/latent.png
     python vae_mnist.py --help     # all options and their defaults
 
-It writes latent.png, log.csv and the directory checkpoint; with --report also metrics.json and
-three pictures. All of the tutorial stands above the line "beyond the tutorial"; what is called
-from there and defined below it keeps runs whole and does not concern the method.
-
-In comments, shapes are written with B images a batch, D pixels and K latent dimensions.
+It writes latent.png, log.csv and checkpoint/, with --report also metrics.json and report.png. The
+tutorial is all above the line "beyond the tutorial"; what is called there and defined below keeps
+runs whole and does not concern the method. Shapes in comments: B images, D pixels, K dimensions.
 
 Source: Nate Merrill, "Implementing an MNIST Variational Autoencoder in TensorFlow", 2019.
 Method: Kingma and Welling, "Auto-Encoding Variational Bayes", arXiv:1312.6114.
@@ -22,7 +20,6 @@ Method: Kingma and Welling, "Auto-Encoding Variational Bayes", arXiv:1312.6114.
 
 import argparse
 import hashlib
-import io
 import itertools
 import json
 import math
@@ -32,11 +29,11 @@ import sys
 import time
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":
-    # Settings of the whole process belong to the program, not to whoever imports the module. What
-    # TensorFlow's C++ code says while it loads goes nowhere; Python's own errors still arrive.
+    # What TensorFlow's C++ code says while it loads goes nowhere; Python's errors still arrive.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C needs no traceback
     sys.stderr = os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace")
@@ -101,22 +98,16 @@ def cross_entropy(x, logits):
 class VAE:
     """The tutorial's variational autoencoder, built in the current default graph.
 
-    Its tensors are attributes: `x`, `mu`, `log_sig_sq`, `eps`, `z`, `logits` and `rec` have a row
-    for each image; `kld`, `rec_loss` and their sum `loss` are averages over the batch, in nats an
-    image. `opt` is one update by Adam, which also counts `iteration` up.
+    Its tensors are attributes: `x`, `mu`, `log_sig_sq`, `eps`, `z` and `rec` have a row for each
+    image; `kld`, `rec_loss` and their sum `loss` are averages over the batch, in nats an image.
+    `opt` is one update by Adam, which also counts `iteration` up.
 
-    Parameters
-    ----------
-    learning_rate : float, default 0.001
-        Step size of Adam (Kingma and Ba 2015), whose other settings keep their defaults.
-    seed : int, default 0
-        Decides the initial weights (through the graph's seed) and, with the number of updates
-        made, the noise eps.
-    shards : int, default what `shard_count` finds best for the machine
-        Parts of a batch that are computed side by side. They change results by rounding alone.
-    decoder : {"tutorial", "mirrored"}, default "tutorial"
-        The decoder of the tutorial's listing, which repeats the encoder's layers down to 4 linear
-        units, or the one that its text describes, which widens up to the image.
+    `learning_rate` is the step size of Adam (Kingma and Ba 2015), whose other settings keep their
+    defaults. `seed` decides the initial weights and, with the number of updates made, the noise
+    eps. `shards`, by default as many as suit the machine, are parts of a batch that are computed
+    side by side; they change results by rounding alone. `decoder` is "tutorial", that of its
+    listing, which repeats the encoder's layers down to 4 linear units, or "mirrored", that of its
+    text, which widens up to the image; anything else raises ValueError.
     """
 
     def __init__(self, learning_rate=LEARNING_RATE, seed=0, shards=None, decoder="tutorial"):
@@ -152,9 +143,9 @@ class VAE:
         if decoder == "tutorial":
             fc = dense(fc, units=4)
         logits = dense(fc, units=PIXELS)
-        self.logits = tf.concat(logits, axis=0)  # (B, D)
+        self.hidden, self.logits = fc, logits  # by shards; a report computes with them
         # sigmoid bounds answer to [0,1] for images
-        self.rec = tf.sigmoid(self.logits, name="rec")
+        self.rec = tf.sigmoid(tf.concat(logits, axis=0), name="rec")  # (B, D)
 
         # Both losses are summed over pixels or dimensions and averaged over the batch.
         images = tf.cast(batch_size, tf.float32)
@@ -210,7 +201,6 @@ def display_manifold(model, sess, path="latent.png", show=False):
     z = np.stack(np.meshgrid(grid_x, grid_y), axis=-1).reshape(-1, LATENT)  # (n * n, K), by rows
     digits = model.decode(z, sess).reshape(n, n, SIDE, SIDE)
     figure = digits.swapaxes(1, 2).reshape(n * SIDE, n * SIDE)
-
     left, bottom, width, height = 70, 60, n * SIDE + 90, n * SIDE + 80  # pixels of the file
     if show:
         from matplotlib import pyplot as plt
@@ -228,7 +218,7 @@ def display_manifold(model, sess, path="latent.png", show=False):
     ticks = (coordinates + 2) / 4 * (n - 1) * SIDE + (SIDE - 1) / 2  # centres of the images
     axes.set_xticks(ticks, coordinates)
     axes.set_yticks(ticks[::-1], coordinates)
-    save_picture(fig, path)
+    write_file(path, fig)
     if show:
         if plt.get_backend().lower() == "agg":  # what pyplot takes where no window can open
             print("--show: there is no display", file=sys.stderr)
@@ -240,18 +230,11 @@ def display_manifold(model, sess, path="latent.png", show=False):
 
 # ---------------------------------------------------------------------------------------- data
 def load_mnist(path=None):
-    """Load MNIST, or a data set of the same form such as Fashion-MNIST.
+    """Load MNIST, or a data set of the same form such as Fashion-MNIST, from an .npz archive.
 
-    Parameters
-    ----------
-    path : str or Path, optional
-        An .npz archive with the arrays of `mnist.npz`. Default: `data/mnist.npz` beside this
-        module; where that is missing, what `tf.keras.datasets.mnist.load_data()` has or downloads.
-
-    Returns
-    -------
-    (x_train, y_train), (x_test, y_test)
-        Images, uint8 (N, 28, 28) from 0 to 255, and labels, integers (N,).
+    Default: `data/mnist.npz` beside this module; where that is missing, what
+    `tf.keras.datasets.mnist.load_data()` has or downloads. Returns (x_train, y_train), (x_test,
+    y_test): images, uint8 (N, 28, 28) from 0 to 255, and labels, integers (N,).
 
     Raises OSError if there is no such file, or none at all and no download; ValueError if it is
     not such an archive. Pickled objects are never loaded.
@@ -260,26 +243,23 @@ def load_mnist(path=None):
         try:
             return tf.keras.datasets.mnist.load_data()
         except Exception as error:  # Keras raises the bare class
-            reason = f"no data: {path} is missing and MNIST cannot be downloaded ({error})"
-            raise OSError(f"{reason}; get a file mnist.npz and give it with --data FILE") from error
-    data = {}
+            reason = f"{path} is missing and MNIST cannot be downloaded ({error})"
+            raise OSError(f"no data: {reason}; give a file mnist.npz with --data FILE") from error
     with open(path, "rb") as file:  # a missing file or a directory fails here, by name
         try:
             archive = np.lib.npyio.NpzFile(file, allow_pickle=False)
-            for name in ("x_train", "y_train", "x_test", "y_test"):
-                data[name] = archive[name]
+            names = ("x_train", "y_train", "x_test", "y_test")
+            data = {name: archive[name] for name in names}
         except Exception as error:  # NumPy, zipfile and zlib raise whatever they come upon
             expected = "expected an .npz archive like mnist.npz, got a damaged, truncated or other"
             raise ValueError(f"{path}: {expected} file: {error}") from error
     for part in ("train", "test"):
         x, y = data[f"x_{part}"], data[f"y_{part}"]
-        if x.dtype != np.uint8 or x.shape[1:] != (SIDE, SIDE) or not len(x):
-            expected, got = f"x_{part} must be uint8 (N, {SIDE}, {SIDE}) with N > 0", x
-        elif y.dtype.kind not in "iu" or y.shape != x.shape[:1]:
-            expected, got = f"y_{part} must be integers ({len(x)},)", y
-        else:
-            continue
-        raise ValueError(f"{path}: {expected}, got {got.dtype} {got.shape}")
+        images = x.dtype == np.uint8 and x.shape[1:] == (SIDE, SIDE) and len(x)
+        if not images or y.dtype.kind not in "iu" or y.shape != x.shape[:1]:
+            expected = f"x_{part} uint8 (N, {SIDE}, {SIDE}), N > 0, y_{part} integers {x.shape[:1]}"
+            got = f"{x.dtype} {x.shape} and {y.dtype} {y.shape}"
+            raise ValueError(f"{path}: expected {expected}, got {got}")
     return (data["x_train"], data["y_train"]), (data["x_test"], data["y_test"])
 
 
@@ -312,17 +292,10 @@ def random_batches(x_train, batch_size=BATCH_SIZE, seed=0, first=0):
 
 # ------------------------------------------------------------------------------------ training
 def train(model, sess, x_train, run, log_every, checkpoint_every, stopped=()):
-    """Make the updates that a run lacks, or as many as there is time for until it is stopped.
+    """Make the updates that a run, a `Run`, lacks; save it on the way and at the end.
 
-    Parameters
-    ----------
-    run : Run
-        Where the run stands; kept up to date and saved every `checkpoint_every` iterations, and
-        once it stands still.
-    stopped : sequence, default ()
-        As soon as there is something in it, the run is saved and left.
-
-    Raises FloatingPointError where a loss is not finite, with nothing of that iteration saved.
+    As soon as there is something in `stopped`, the run is saved and left. Raises FloatingPointError
+    where a loss is not finite, with nothing of that iteration saved.
     """
     # Where nobody fetches the losses, graph mode leaves out what only they need.
     update = sess.make_callable(model.opt, feed_list=[model.x])
@@ -346,15 +319,10 @@ def train(model, sess, x_train, run, log_every, checkpoint_every, stopped=()):
 
 
 # ======================================================================= beyond the tutorial
-
-
-# --------------------------------------------------------------------------------- the machine
+# ------------------------------------------------------------------------- machine and output
 def shard_count():
-    """Return how many shards of a batch to compute side by side: 2, or 1 on one core or a GPU.
-
-    More shards than two make the products smaller still and gain nothing on two cores; a GPU
-    prefers the batch whole.
-    """
+    """Return how many shards of a batch to compute side by side: 2, or 1 on one core or a GPU."""
+    # With more shards than two the products grow still smaller, which gained nothing on two cores.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return 1 if cores == 1 or tf.config.list_physical_devices("GPU") else 2
 
@@ -370,19 +338,18 @@ def session(shards=None):
 
 @contextmanager
 def stop_signals():
-    """Yield a list that gets the number of a SIGINT or SIGTERM; a second one ends the process."""
-    stopped, numbers = [], (signal.SIGINT, signal.SIGTERM)
+    """Yield a list that gets the number of a SIGINT or SIGTERM; the same again ends the process."""
+    stopped = []
 
     def note(number, _):
         stopped.append(number)
-        for each in numbers:
-            signal.signal(each, signal.SIG_DFL)
+        signal.signal(number, signal.SIG_DFL)
 
-    previous = [signal.signal(each, note) for each in numbers]
+    previous = {each: signal.signal(each, note) for each in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stopped
     finally:
-        for each, handler in zip(numbers, previous):
+        for each, handler in previous.items():
             signal.signal(each, handler)
 
 
@@ -400,7 +367,6 @@ def lock(directory, held):
         pass  # Windows and some file systems have no such locks
 
 
-# -------------------------------------------------------------------------------------- output
 def live_line(text=""):
     """Show text in place of the live line on a terminal's standard error, and nowhere else."""
     if sys.stderr.isatty():
@@ -440,10 +406,13 @@ def one_line(error):
 
 
 def write_file(path, content):
-    """Write bytes into a file, whole or not at all."""
+    """Write bytes, or a figure as PNG, into a file, whole or not at all."""
     temporary = Path(f"{path}.tmp")
     try:
-        temporary.write_bytes(content)
+        if isinstance(content, bytes):
+            temporary.write_bytes(content)
+        else:
+            content.savefig(temporary, format="png")
         os.replace(temporary, path)
     except OSError as error:
         with suppress(OSError):
@@ -451,16 +420,9 @@ def write_file(path, content):
         raise OSError(error.errno, error.strerror, str(temporary)) from error
 
 
-def save_picture(fig, path):
-    """Write a figure as a PNG file, whole or not at all."""
-    content = io.BytesIO()
-    fig.savefig(content, format="png")
-    write_file(path, content.getvalue())
-
-
 # ---------------------------------------------------------------------------------------- runs
 SETTINGS = ("decoder", "seed", "batch_size", "learning_rate", "shards")  # that decide a result
-DRAWN = ("latent.png", "metrics.json", "codes.png", "reconstructions.png", "training.png")
+DRAWN = ("latent.png", "metrics.json", "report.png")  # from the weights of a checkpoint
 
 
 class CheckpointError(ValueError):
@@ -479,25 +441,18 @@ class Run:
     model: str = ""  # the name of the newest checkpoint, this run's or one that it will replace
     drawn: bool = False  # whether pictures of an older checkpoint are there
 
-    def finished(self):
-        return self.iteration >= self.iterations
-
     def save(self, model, sess):
         """Save the variables, then the record of the run, then what is derived from it.
 
-        There are two names for the variables' files. The one that run.json does not name is used
-        anew, and then run.json, replaced in one step, names it: so at every moment it belongs to a
-        whole checkpoint. Raises OSError if that fails; the older checkpoint is then still there.
+        The variables go to the one of two names that run.json does not name, and then run.json,
+        replaced in one step, names it: so at every moment it belongs to a whole checkpoint.
         """
         directory = self.directory / "checkpoint"
         name = "vae_mnist-b" if self.model == "vae_mnist-a" else "vae_mnist-a"
-        for path in directory.iterdir():
-            if path.name.startswith(f"{name}."):  # older, or left by a save that was killed
-                path.unlink()
-        try:
-            model.saver.save(sess, str(directory / name), write_meta_graph=False, write_state=False)
-        except (tf.errors.OpError, ValueError) as error:
-            raise OSError(f"{directory}: cannot save a checkpoint: {one_line(error)}") from error
+        directory.mkdir(exist_ok=True)
+        for path in directory.glob(f"{name}.*"):  # older, or left by a save that was killed
+            path.unlink()
+        model.saver.save(sess, str(directory / name), write_meta_graph=False, write_state=False)
         self.model = name
         self.write_record()
         if self.drawn:
@@ -505,11 +460,10 @@ class Run:
                 (self.directory / picture).unlink(missing_ok=True)
             self.drawn = False
             self.write_record()
-        lines = ["iteration,kld,rec_loss", *(",".join(map(repr, line)) for line in self.log), ""]
-        write_file(self.directory / "log.csv", "\n".join(lines).encode())
+        lines = "".join(f"{i},{kld!r},{rec_loss!r}\n" for i, kld, rec_loss in self.log)
+        write_file(self.directory / "log.csv", f"iteration,kld,rec_loss\n{lines}".encode())
         state = f'model_checkpoint_path: "{name}"\n'  # for tf.train.latest_checkpoint
         write_file(directory / "checkpoint", state.encode())
-        self.drawn = self.finished()
 
     def write_record(self):
         record = {key: value for key, value in vars(self).items() if key != "directory"}
@@ -519,16 +473,15 @@ class Run:
 def read_run(directory):
     """Return the run whose newest checkpoint is in a directory, None if there is none."""
     path = Path(directory) / "run.json"
+    if not path.exists():
+        return None
     try:
         run = Run(path.parent.parent, **json.loads(path.read_bytes()))
         run.settings.setdefault("decoder", "tutorial")  # once there was no other
         run.settings.setdefault("shards", shard_count())  # nor were these recorded
-        return run
-    except (FileNotFoundError, NotADirectoryError):
-        return None
     except (ValueError, TypeError, AttributeError) as error:
-        damaged = "expected the record of a checkpoint, got a damaged file"
-        raise CheckpointError(f"{path}: {damaged}") from error
+        raise CheckpointError(f"{path}: is damaged; --overwrite begins a new run") from error
+    return run
 
 
 def open_run(args, x_train, held):
@@ -542,30 +495,30 @@ def open_run(args, x_train, held):
     lock(directory, held)
     try:
         old = read_run(directory)
-    except CheckpointError as error:
+    except CheckpointError:
         if not args.overwrite:
-            raise ValueError(f"{error}; --overwrite begins a new run in its place") from error
+            raise
     settings = {name: getattr(args, name) for name in SETTINGS}
     settings["data"] = "sha256:" + hashlib.sha256(x_train).hexdigest()
-
     if args.resume:
         if not old:
             raise ValueError(f"--resume: there is no checkpoint in {directory}")
         for name, value in settings.items():
             if value not in (None, recorded := old.settings.get(name)):
-                option = f"--{name.replace('_', '-')} is {value}"
-                has = f"the run in {args.output_dir} has {recorded}"
-                raise ValueError(f"--resume: {option}, but {has}")
+                option = f"--resume: --{name.replace('_', '-')} is {value}"
+                raise ValueError(f"{option}, but the run in {args.output_dir} has {recorded}")
         return old
-
     settings["shards"] = args.shards or shard_count()
     run = Run(args.output_dir, settings, args.iterations)
     if old:
-        if not (old.finished() or args.overwrite):
-            state = f"stopped after {old.iteration} of {old.iterations} iterations"
+        finished = old.iteration >= old.iterations
+        if not (finished or args.overwrite):
+            state = (
+                f"the run in {args.output_dir} stopped after {old.iteration} of {old.iterations}"
+            )
             choice = "go on with --resume, or replace it with --overwrite"
-            raise ValueError(f"the run in {args.output_dir} {state}: {choice}")
-        run.model, run.drawn = old.model, old.drawn or old.finished()
+            raise ValueError(f"{state} iterations: {choice}")
+        run.model, run.drawn = old.model, old.drawn or finished
     return run
 
 
@@ -593,85 +546,75 @@ def check_losses(run, iteration, kld, rec_loss):
     """Raise FloatingPointError unless the losses of an iteration are finite."""
     if not math.isfinite(kld + rec_loss):
         losses = f"iteration {iteration}: KLD = {kld:f}, RecLoss = {rec_loss:f}"
-        remedy = f"try a lower --learning-rate than {run.settings['learning_rate']}"
-        raise FloatingPointError(f"{losses}, so training stopped; {remedy}")
+        remedy = f"a lower --learning-rate than {run.settings['learning_rate']}"
+        raise FloatingPointError(f"{losses}, so training stopped; try {remedy}")
 
 
 # -------------------------------------------------------------------------------------- report
-def evaluate(model, sess, images, seed=0, reach=6.0, step=0.03):
-    """Measure what a model has learnt of images, uint8 (N, 28, 28), in nats an image.
-
-    Parameters
-    ----------
-    seed : int, default 0
-        Decides the samples of z, 100 an image.
-    reach, step : float, default 6.0 and 0.03
-        Of the grid of codes, over [-reach, reach] in both dimensions.
-
-    Returns
-    -------
-    dict of str to ndarray of shape (N,), float64
-        "RecLoss", "KLD", "-ELBO": equations (2), averaged over the samples, (1), and their sum.
-        "IW bound": the importance-weighted bound, -log 1/100 sum_k p(x, z_k) / q(z_k | x) (Burda,
-        Grosse and Salakhutdinov 2015, arXiv:1509.00519). "NLL": the negative log-likelihood itself,
-        -log of the integral of N(z; 0, I) p(x | z) dz, as a sum over the grid.
-    """
-    rng, x = np.random.default_rng(seed), scale(images)
-    with sess.graph.as_default():
-        # log p(x | z) = x . logits - sum softplus(logits), of all images with all codes
-        shards = split(model.logits, model.shards)
-        dot = [tf.matmul(model.x, shard, transpose_b=True) for shard in shards]
-        normalizer = [tf.reduce_sum(tf.nn.softplus(shard), axis=1) for shard in shards]
-        log_px_z = tf.concat(dot, axis=1) - tf.concat(normalizer, axis=0)
-    log_px_z = sess.make_callable(log_px_z, feed_list=[model.x, model.z])
-    mu, log_sig_sq = np.float64(model.encode(x, sess))
-    kld = 0.5 * np.sum(np.exp(log_sig_sq) - log_sig_sq + mu**2 - 1, axis=1)
-    rec_loss, iw_bound = np.empty((2, len(x)))
-    for i, (mean, log_var) in enumerate(zip(mu, log_sig_sq)):
-        eps = rng.standard_normal((100, LATENT))
-        z = mean + np.exp(log_var / 2) * eps
-        log_px = np.float64(log_px_z(x[i : i + 1], z)[0])
-        rec_loss[i] = -np.mean(log_px)
-        log_ratio = log_px + 0.5 * np.sum(eps**2 - z**2 + log_var, axis=1)
-        iw_bound[i] = np.log(100) - np.logaddexp.reduce(log_ratio)
-
-    grid = np.linspace(-reach, reach, round(2 * reach / step) + 1)
-    codes = np.stack(np.meshgrid(grid, grid), axis=-1).reshape(-1, LATENT)
-    log_px = np.full(len(x), -np.inf)
-    for z in np.array_split(codes, 1 + len(codes) // 500):  # in blocks: memory stays small
-        log_joint = log_px_z(x, z) - np.float32(np.sum(z**2, axis=1) / 2)
-        largest = log_joint.max(axis=1)
-        total = np.sum(np.exp(log_joint - largest[:, None]), axis=1, dtype=np.float64)
-        log_px = np.logaddexp(log_px, largest + np.log(total))
-    nll = np.log(2 * np.pi / (grid[1] - grid[0]) ** 2) - log_px
-    names = ("RecLoss", "KLD", "-ELBO", "IW bound", "NLL")
-    return dict(zip(names, (rec_loss, kld, rec_loss + kld, iw_bound, nll)))
-
-
+SAMPLES = 100  # of z for an image
 # Ten colours that colour-blind people can tell apart: Petroff 2021, arXiv:2107.02270.
 COLOURS = ["#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6",
            "#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd"]  # fmt: skip
 
 
-@matplotlib.style.context("default")
-def draw_codes(mu, labels, title, path):
-    """Draw codes, (N, K), coloured by their labels, integers (N,), into a PNG file."""
-    fig = matplotlib.figure.Figure(figsize=(8, 7.2), dpi=100, layout="constrained")
-    axes = fig.add_subplot(title=title, xlabel="mu[0]", ylabel="mu[1]", aspect="equal")
-    axes.scatter(*mu.T, s=3, c=[COLOURS[label % 10] for label in labels])
-    for label in np.unique(labels):
-        axes.scatter([], [], c=COLOURS[label % 10], label=label)
-    fig.legend(loc="outside right upper", title="digit")
-    for sigma in (1, 2):
-        axes.add_patch(matplotlib.patches.Circle((0, 0), sigma, fill=False))
-        box = {"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 1}
-        axes.text(0, sigma, f"{sigma} sigma", ha="center", va="center", bbox=box)
-    save_picture(fig, path)
+def features(model, sess, x):
+    """Return features of images x, (B, units + 2), and a tensor of features of codes.
+
+    Their product is log p(x | z) - z^2 / 2. The last layer is logits = h W + b, so log p(x | z) =
+    x . logits - sum softplus(logits) = (x W^T) . h + x . b - sum softplus(logits).
+    """
+    kernel, bias = sess.run(tf.trainable_variables()[-2:])
+    of_images = np.column_stack([x @ kernel.T, x @ bias, np.ones(len(x), np.float32)])
+    hidden = tf.concat(model.hidden, axis=0)
+    normalizer = [tf.reduce_sum(tf.nn.softplus(shard), axis=1) for shard in model.logits]
+    minus = -tf.concat(normalizer, axis=0) - tf.reduce_sum(tf.square(model.z), axis=1) / 2
+    of_codes = tf.concat([hidden, tf.ones_like(minus)[:, None], minus[:, None]], axis=1)
+    return of_images, of_codes
 
 
-@matplotlib.style.context("default")
-def draw_reconstructions(model, sess, images, labels, title, path):
-    """Draw ten images of each of ten classes over what the model makes of their mu, as PNG."""
+def evaluate(model, sess, images, seed=0, reach=6.0, step=0.03):
+    """Measure what a model has learnt of images, uint8 (N, 28, 28), in nats an image.
+
+    `seed` decides the samples of z, 100 an image; `reach` and `step` the grid of codes, over
+    [-reach, reach] in both dimensions. Returns arrays (N,), float64: "RecLoss", "KLD" and "-ELBO",
+    equations (2), averaged over the samples, (1), and their sum; "IW bound", the importance-weighted
+    bound -log 1/100 sum_k p(x, z_k) / q(z_k | x) (Burda and others 2015, arXiv:1509.00519); "NLL",
+    -log of the integral of N(z; 0, I) p(x | z) dz, as a sum over the grid; and "KL(q || p)", -ELBO -
+    NLL, the divergence of q(z | x) from the true posterior p(z | x).
+    """
+    rng, x = np.random.default_rng(seed), scale(images)
+    with sess.graph.as_default():
+        of_images, of_codes = features(model, sess, x)
+        fed = tf.placeholder(tf.float32, of_images.shape)
+        joint = [tf.matmul(part, of_codes, transpose_b=True) for part in split(fed, model.shards)]
+        log_sum = tf.concat([tf.reduce_logsumexp(part, axis=1) for part in joint], axis=0)
+    mu, log_sig_sq = np.float64(model.encode(x, sess))
+    kld = 0.5 * np.sum(np.exp(log_sig_sq) - log_sig_sq + mu**2 - 1, axis=1)
+    rec_loss, iw_bound = np.empty((2, len(x)))
+    for start in range(0, len(x), 100):  # in blocks, as below: memory stays small
+        block = slice(start, start + 100)
+        log_var = log_sig_sq[block, None]
+        eps = rng.standard_normal((len(log_var), SAMPLES, LATENT))
+        z = mu[block, None] + np.exp(log_var / 2) * eps
+        codes = sess.run(of_codes, {model.z: z.reshape(-1, LATENT)}).reshape(*z.shape[:2], -1)
+        log_joint = np.float64(codes @ of_images[block, :, None])[..., 0]
+        rec_loss[block] = -np.mean(log_joint + np.sum(z**2, axis=2) / 2, axis=1)
+        log_ratio = log_joint + np.sum(eps**2 + log_var, axis=2) / 2
+        iw_bound[block] = np.log(SAMPLES) - np.logaddexp.reduce(log_ratio, axis=1)
+
+    grid = np.linspace(-reach, reach, round(2 * reach / step) + 1)
+    codes = np.stack(np.meshgrid(grid, grid), axis=-1).reshape(-1, LATENT)
+    log_px = np.full(len(x), -np.inf)
+    for z in np.array_split(codes, 1 + len(codes) // 500):
+        log_px = np.logaddexp(log_px, sess.run(log_sum, {fed: of_images, model.z: z}))
+    nll = np.log(2 * np.pi / (grid[1] - grid[0]) ** 2) - log_px
+    elbo = rec_loss + kld
+    figures = {"RecLoss": rec_loss, "KLD": kld, "-ELBO": elbo, "IW bound": iw_bound, "NLL": nll}
+    return {**figures, "KL(q || p)": elbo - nll}
+
+
+def reconstructions(model, sess, images, labels):
+    """Return ten images of each of ten classes over what the model makes of their mu, as one."""
     classes = np.unique(labels)[:10]
     sheet = np.zeros((len(classes), 2, SIDE, 10, SIDE), np.float32)
     for (above, below), label in zip(sheet, classes):
@@ -679,94 +622,88 @@ def draw_reconstructions(model, sess, images, labels, title, path):
         mu, _ = model.encode(scale(x), sess)
         above[:, : len(x)] = x.swapaxes(0, 1) / 255
         below[:, : len(x)] = model.decode(mu, sess).swapaxes(0, 1)
-    fig = matplotlib.figure.Figure(figsize=(5.6, 10), dpi=100, layout="constrained")
-    axes = fig.add_subplot(title=title, ylabel="digit", xticks=[])
-    axes.imshow(sheet.reshape(-1, 10 * SIDE), cmap="Greys_r", interpolation="nearest")
-    axes.set_yticks(np.arange(SIDE, len(classes) * 2 * SIDE, 2 * SIDE) - 0.5, classes)
-    save_picture(fig, path)
+    return classes, sheet.reshape(-1, 10 * SIDE)
 
 
 @matplotlib.style.context("default")
-def draw_training(log, path):
-    """Draw both losses of a run's log, [[iteration, kld, rec_loss], ...], into a PNG file."""
-    iterations, *losses = np.transpose(log)
-    fig = matplotlib.figure.Figure(figsize=(8, 6), dpi=100, layout="constrained")
-    for axes, name, values in zip(fig.subplots(2, sharex=True), ("KLD", "RecLoss"), losses):
-        axes.plot(iterations, values, ".-", markersize=4, linewidth=0.8)
-        title = f"{name} of one batch: {values[-1]:.2f} nats an image in iteration {log[-1][0]}"
-        axes.set(title=title, ylabel=f"{name}, nats an image")
-        axes.grid(alpha=0.3)
-    axes.set(yscale="log", xlabel="iteration")  # RecLoss falls far at once, and then slowly
-    axes.yaxis.set_major_locator(matplotlib.ticker.MultipleLocator(50))
-    axes.yaxis.set_major_formatter("{x:.0f}")
-    axes.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
-    save_picture(fig, path)
+def draw_report(model, sess, test, run, means, path):
+    """Draw codes and reconstructions of the test set and the losses of the run into a PNG file."""
+    images, labels = test
+    fig = matplotlib.figure.Figure(figsize=(9, 8.8), dpi=150, layout="constrained")
+    of = f"{run.settings['decoder']} decoder, seed {run.settings['seed']}"
+    fig.suptitle(f"{of}, {run.iteration:,} iterations: NLL {means['NLL']:.2f} nats an image")
+    axes = fig.subplot_mosaic("AB;CC", width_ratios=(2, 1), height_ratios=(2, 1))
+    codes, sheet, losses = axes.values()
+    mu, _ = model.encode(scale(images), sess)
+    codes.scatter(*mu.T, s=2, linewidth=0, c=[COLOURS[label % 10] for label in labels])
+    for label in np.unique(labels):
+        codes.scatter([], [], c=COLOURS[label % 10], label=label)
+    codes.legend(title="digit", loc="upper left", bbox_to_anchor=(1, 1))
+    codes.add_patch(matplotlib.patches.Rectangle((-2, -2), 4, 4, fill=False, linestyle="--"))
+    codes.set(title=f"Codes of {len(images):,} test images: KLD {means['KLD']:.2f}", aspect="equal")
+    codes.set(xlabel="mu[0]; dashed: what latent.png shows", ylabel="mu[1]")
+    classes, digits = reconstructions(model, sess, images, labels)
+    sheet.imshow(digits, cmap="Greys_r")
+    title = f"Images over reconstructions:\nRecLoss {means['RecLoss']:.2f}"
+    sheet.set(title=title, ylabel="digit", xticks=[], anchor="N")
+    sheet.set_yticks(np.arange(SIDE, len(digits), 2 * SIDE) - 0.5, classes)
+    iterations, kld, rec_loss = np.transpose(run.log)
+    last = f"KLD {kld[-1]:.2f}, RecLoss {rec_loss[-1]:.2f}"
+    losses.set(title=f"One batch in iteration {iterations[-1]:,.0f}: {last}")
+    losses.set(xlabel=f"iteration; RecLoss begins at {rec_loss[0]:.2f}")
+    curves = (losses, "RecLoss", rec_loss, COLOURS[0]), (losses.twinx(), "KLD", kld, COLOURS[2])
+    for axes, name, values, colour in curves:
+        axes.plot(iterations, values, color=colour, linewidth=1)
+        axes.set_ylabel(name, color=colour)
+        settled = values[len(values) // 20 :]  # the first ones would squeeze the rest into a line
+        margin = 0.1 * np.ptp(settled) + 0.01
+        axes.set_ylim(min(settled) - margin, max(settled) + margin)
+    write_file(path, fig)
 
 
 def report(model, sess, test, run):
-    """Print what `evaluate` measures on the test set, save it as metrics.json, draw pictures."""
-    x_test, y_test = test
-    count = f"{len(x_test):,} test images"
+    """Print what `evaluate` measures on the test set, save it as metrics.json, draw report.png."""
+    count = f"{len(test[0]):,} test images"
     live_line(f"Measuring {count}")
-    figures = evaluate(model, sess, x_test)
+    figures = evaluate(model, sess, test[0])
     say(f"On {count}, nats an image (standard error):")
-    metrics = {}
+    means, metrics = {}, {}
     for name, values in figures.items():
         mean, error = np.mean(values), np.std(values) / len(values) ** 0.5
-        metrics[name] = {"mean": mean, "standard_error": error}
-        say(f"{name:8} {mean:8.2f} ({error:.2f})")
+        means[name], metrics[name] = mean, {"mean": mean, "standard_error": error}
+        say(f"{name:10} {mean:8.2f} ({error:.2f})")
     content = {"settings": run.settings, "iteration": run.iteration, "metrics": metrics}
     write_file(run.directory / "metrics.json", (json.dumps(content, indent=2) + "\n").encode())
-    mu, _ = model.encode(scale(x_test), sess)
-    title = f"Codes of {count}: KLD {metrics['KLD']['mean']:.2f} nats an image"
-    draw_codes(mu, y_test, title, run.directory / "codes.png")
-    title = f"RecLoss {metrics['RecLoss']['mean']:.2f} nats an image"
-    title = f"Test images, each over its reconstruction:\n{title}"
-    path = run.directory / "reconstructions.png"
-    draw_reconstructions(model, sess, x_test, y_test, title, path)
-    draw_training(run.log, run.directory / "training.png")
-    say(f"The figures are in {run.directory / 'metrics.json'}, three pictures beside it")
+    draw_report(model, sess, test, run, means, run.directory / "report.png")
+    say(f"These figures are in metrics.json, pictures to them in {run.directory / 'report.png'}")
 
 
 # -------------------------------------------------------------------------------- command line
-def number(kind, least, most, expected):
-    """Return a function that reads an argument: a number of a kind, from least to most."""
-
-    def read(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not least <= value <= most:
-            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
-        return value
-
-    return read
-
-
-def utf8_path(text):
-    """Read an argument: a path whose name is UTF-8, as TensorFlow wants it."""
-    text.encode()  # or a ValueError, which argparse reports
-    return Path(text)
+def argument(kind, valid, expected, text):
+    """Return an argument of a kind, which must be valid, as the text that was given has it."""
+    with suppress(ValueError):
+        if valid(value := kind(text)):
+            return value
+    raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
 
 
 def parse_arguments(argv):
     """Return the parser of the command line, and the options."""
-    parser = argparse.ArgumentParser(
-        prog="vae_mnist.py",
-        description="Train a variational autoencoder on MNIST and draw its latent manifold.",
-    )
+    parser = argparse.ArgumentParser("vae_mnist.py", description=__doc__.splitlines()[0])
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")  # a line
 
     def add(name, text, default, to=parser, **how):
         to.add_argument(name, default=default, help=f"{text} (default: %(default)s)", **how)
 
-    positive = number(int, 1, 2**31 - 1, "a whole number from 1 to 2147483647")
-    seed = number(int, 0, 2**31 - 1, "a whole number from 0 to 2147483647")
-    rate = number(float, 1e-45, np.finfo(np.float32).max, "a number above 0")
-    shards = number(int, 1, 64, "a whole number from 1 to 64")
+    most = 2**31 - 1
+    positive = partial(argument, int, lambda n: 1 <= n <= most, f"a whole number from 1 to {most}")
+    seed = partial(argument, int, lambda n: 0 <= n <= most, f"a whole number from 0 to {most}")
+    shards = partial(argument, int, lambda n: 1 <= n <= 64, "a whole number from 1 to 64")
+    largest = np.finfo(np.float32).max
+    rate = partial(argument, float, lambda r: 1e-45 <= r <= largest, "a number above 0")
+    path = partial(argument, Path, lambda p: str(p).encode(), "a name in UTF-8")  # for TensorFlow
     parser.add_argument("--data", metavar="FILE", help="an .npz archive (default: data/mnist.npz)")
-    add("--output-dir", "where files go, made if missing", "outputs", type=utf8_path, metavar="DIR")
+    add("--output-dir", "where files go, made if missing", "outputs", type=path, metavar="DIR")
     add("--iterations", "updates to make", ITERATIONS, type=positive, metavar="N")
     add("--batch-size", "images an iteration", BATCH_SIZE, type=positive, metavar="N")
     add("--learning-rate", "step size of Adam", LEARNING_RATE, type=rate, metavar="R")
@@ -792,6 +729,7 @@ def work(args, run, x_train, test):
         if args.resume:
             model.restore(run.directory / "checkpoint", sess)
             run.save(model, sess)  # so that all files are of one iteration, even after a kill
+            run.drawn = run.iteration >= run.iterations
             run.iterations = max(args.iterations, run.iteration)
         else:
             sess.run(tf.global_variables_initializer())
@@ -800,13 +738,12 @@ def work(args, run, x_train, test):
         with stop_signals() as stopped:
             train(model, sess, x_train, run, args.log_every, args.checkpoint_every, stopped)
         if run.iteration < run.iterations:
-            text = f"Stopped by {signal.Signals(stopped[0]).name} after {run.iteration} of "
-            text += f"{run.iterations} iterations; go on with the same options and --resume"
+            text = f"{signal.Signals(stopped[0]).name} after {run.iteration} of {run.iterations}"
+            text = f"Stopped by {text} iterations; go on with the same options and --resume"
             print(text, file=sys.stderr)
             return 128 + stopped[0]
-        picture = run.directory / "latent.png"
-        display_manifold(model, sess, picture, args.show)
-        say(f"The manifold of the latent codes is in {picture}")
+        display_manifold(model, sess, run.directory / "latent.png", args.show)
+        say(f"The manifold of the latent codes is in {run.directory / 'latent.png'}")
         if args.report:
             report(model, sess, test, run)
     return 0
@@ -816,8 +753,7 @@ def main(argv=None):
     """Train on MNIST as the command line says and draw the manifold.
 
     Returns the exit status: 0, or 128 plus the number of the signal that stopped the program.
-    Raises SystemExit, as argparse does: with status 2 for wrong options or data, or a checkpoint
-    that does not fit them, and 1 after a fault while running.
+    Raises SystemExit: with status 2 for wrong options, data or checkpoint, 1 after a fault.
     """
     parser, args = parse_arguments(argv)
     with ExitStack() as held:

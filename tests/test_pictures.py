@@ -110,8 +110,8 @@ def test_failure_while_drawing_leaves_the_older_picture(tmp_path, monkeypatch):
     path = tmp_path / "latent.png"
     path.write_bytes(b"older")
 
-    def savefig(self, file, **how):
-        file.write(b"half a picture")
+    def savefig(self, path, **how):
+        path.write_bytes(b"half a picture")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(matplotlib.figure.Figure, "savefig", savefig)

@@ -18,8 +18,9 @@ from matplotlib.colors import to_rgb
 
 import vae_mnist
 
-PICTURES = ("codes.png", "reconstructions.png", "training.png")
 SHORT = ["--iterations", "6", "--batch-size", "8", "--log-every", "2"]
+LINEAR = {"tutorial": (3, 7, 8), "mirrored": (3, 7)}
+FIGURES = ("RecLoss", "KLD", "-ELBO", "IW bound", "NLL")
 COARSE = {"reach": 5.0, "step": 0.1}  # enough for a model that is hardly trained
 
 
@@ -31,19 +32,29 @@ def test_set(mnist):
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """The checkpoint of a mirrored model after 1,000 iterations, whose posteriors are narrow."""
-    output = tmp_path_factory.mktemp("trained")
-    options = ["--decoder", "mirrored", "--iterations", "1000", "--learning-rate", "0.002"]
-    assert vae_mnist.main([*options, "--output-dir", str(output)]) == 0
-    return output / "checkpoint"
+def checkpoints(tmp_path_factory):
+    """Checkpoints of both models after 1,000 iterations; mirrored, the posteriors are narrow."""
+    directories = {}
+    for decoder in ("tutorial", "mirrored"):
+        output = tmp_path_factory.mktemp(decoder)
+        options = ["--decoder", decoder, "--iterations", "1000", "--learning-rate", "0.002"]
+        assert vae_mnist.main([*options, "--output-dir", str(output)]) == 0
+        directories[decoder] = output / "checkpoint"
+    return directories
+
+
+@contextmanager
+def restored(checkpoint, decoder):
+    """Yield a model of a checkpoint, and its session."""
+    with built(decoder=decoder) as (model, sess):
+        model.restore(checkpoint, sess)
+        yield model, sess
 
 
 @pytest.fixture
-def trained(checkpoint):
-    """That model, and its session."""
-    with built(decoder="mirrored") as (model, sess):
-        model.restore(checkpoint, sess)
+def trained(checkpoints):
+    """The mirrored one of these models, and its session."""
+    with restored(checkpoints["mirrored"], "mirrored") as (model, sess):
         yield model, sess
 
 
@@ -117,6 +128,36 @@ def test_sampled_figures_match_numpy(test_set):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("decoder", ["tutorial", "mirrored"])
+def test_inference_gap_is_the_divergence_of_q_from_the_exact_posterior(
+    decoder, checkpoints, test_set
+):
+    """Ten images: q (log q - log p) summed over a fine grid around mu, in NumPy and float64."""
+    images = test_set[0][:10]
+    with restored(checkpoints[decoder], decoder) as (model, sess):
+        figures = vae_mnist.evaluate(model, sess, images)
+        assert np.array_equal(figures["KL(q || p)"], figures["-ELBO"] - figures["NLL"])
+        # A hundred times as many samples, for their noise to be small; no grid is needed there.
+        often = vae_mnist.evaluate(model, sess, np.repeat(images, 100, axis=0), step=3.0)
+        reference = Reference(sess.run(tf.trainable_variables()), LINEAR[decoder])
+    gap = often["-ELBO"].reshape(10, 100).mean(axis=1) - figures["NLL"]
+    steps = np.linspace(-5.5, 5.5, 89)
+    eps = np.stack(np.meshgrid(steps, steps), axis=-1).reshape(-1, 2)
+    area = (steps[1] - steps[0]) ** 2
+    log_normal = -0.5 * np.sum(eps**2, axis=1) - np.log(2 * np.pi)
+    for i, x in enumerate(images.reshape(-1, 784) / 255):
+        reference.run(x[None], np.zeros((1, 2)))
+        mu, sigma = reference.mu[0], np.exp(reference.log_sig_sq[0] / 2)
+        z = mu + sigma * eps
+        log_q = log_normal - np.sum(np.log(sigma))
+        log_joint = log_px(reference, x, z) - 0.5 * np.sum(z**2, axis=1) - np.log(2 * np.pi)
+        log_p = log_joint + figures["NLL"][i]  # the posterior, by Bayes' rule
+        divergence = np.sum(np.exp(log_normal) * area * (log_q - log_p))
+        assert divergence > 0 and abs(divergence - gap[i]) < 0.05
+    assert gap.max() > 0.3  # so there is something to measure
+
+
+@pytest.mark.slow
 def test_bounds_are_in_order_and_independent_of_the_samples(trained, test_set):
     model, sess = trained
     figures, other = (
@@ -162,14 +203,16 @@ def test_report_prints_and_saves_what_it_measures(tmp_path, test_set, monkeypatc
     with built() as (model, sess):
         model.restore(tmp_path / "run" / "checkpoint", sess)
         figures = vae_mnist.evaluate(model, sess, images[:30])
-    assert list(content["metrics"]) == ["RecLoss", "KLD", "-ELBO", "IW bound", "NLL"]
+    assert list(content["metrics"]) == [*FIGURES, "KL(q || p)"]
     for name, values in figures.items():
         metric = content["metrics"][name]
         assert metric["mean"] == pytest.approx(values.mean())
         assert metric["standard_error"] == pytest.approx(values.std() / 30**0.5)
-        line = rf"^{name} +{metric['mean']:.2f} \({metric['standard_error']:.2f}\)$"
+        line = rf"^{re.escape(name)} +{metric['mean']:.2f} \({metric['standard_error']:.2f}\)$"
         assert re.search(line, out, re.MULTILINE)
-    before = {name: (tmp_path / "run" / name).read_bytes() for name in (*PICTURES, "metrics.json")}
+    before = {
+        name: (tmp_path / "run" / name).read_bytes() for name in ("report.png", "metrics.json")
+    }
     for name in before:
         (tmp_path / "run" / name).unlink()
     assert vae_mnist.main([*options, "--resume"]) == 0
@@ -190,7 +233,7 @@ def test_signal_while_measuring_ends_the_program_and_loses_nothing(number, tmp_p
         err = process.stderr.read()
     assert process.returncode == -number and not err  # as it ends any other program
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint", "latent.png", "log.csv"]
-    assert vae_mnist.read_run(tmp_path / "checkpoint").finished()
+    assert vae_mnist.read_run(tmp_path / "checkpoint").iteration == 6
 
 
 def test_no_report_without_the_option(tmp_path):
@@ -203,7 +246,7 @@ def test_report_that_cannot_be_written_is_one_line_and_leaves_the_older_one(
 ):
     (tmp_path / "metrics.json").write_text("older")
     (tmp_path / "metrics.json.tmp").mkdir()  # where the new one would be written first
-    values = {name: np.ones(3) for name in ("RecLoss", "KLD", "-ELBO", "IW bound", "NLL")}
+    values = {name: np.ones(3) for name in FIGURES}
     monkeypatch.setattr(vae_mnist, "evaluate", lambda *_, **__: values)
     with pytest.raises(SystemExit) as stop:
         vae_mnist.main([*SHORT, "--report", "--output-dir", str(tmp_path)])
@@ -217,17 +260,30 @@ def test_report_that_cannot_be_written_is_one_line_and_leaves_the_older_one(
 
 
 @pytest.fixture
-def figures(monkeypatch):
-    """The figures that are drawn, in a list."""
-    drawn = []
-    save = vae_mnist.save_picture
+def drawn(monkeypatch, tmp_path):
+    """A function that draws a report, and returns its figure and its panels, from above."""
+    written = []
+    write_file = vae_mnist.write_file
 
-    def keep(fig, path):
-        drawn.append(fig)
-        save(fig, path)
+    def keep(path, content):
+        written.append(content)
+        write_file(path, content)
 
-    monkeypatch.setattr(vae_mnist, "save_picture", keep)
-    return drawn
+    def draw(model, sess, test, log, settings=None):
+        settings = {"decoder": "tutorial", "seed": 7, **(settings or {})}
+        run = vae_mnist.Run(tmp_path, settings, 5000, 5000, log)
+        means = {"NLL": 164.95, "KLD": 4.87, "RecLoss": 161.23}
+        vae_mnist.draw_report(model, sess, test, run, means, tmp_path / "report.png")
+        fig = written[-1]
+        return fig, dict(zip(("codes", "sheet", "rec_loss", "kld"), fig.axes, strict=True))
+
+    monkeypatch.setattr(vae_mnist, "write_file", keep)
+    return draw
+
+
+def log_of(count):
+    """Return a log of that many lines, with the losses of an ordinary run."""
+    return [[100 * i, 5 - 4.7 / (i + 1), 150 + 393 / (i + 1)] for i in range(count)]
 
 
 def assert_nothing_clipped_or_overlapping(fig):
@@ -238,45 +294,48 @@ def assert_nothing_clipped_or_overlapping(fig):
     for axes in fig.axes:
         texts += [axes.title, axes.xaxis.label, axes.yaxis.label]
         for axis, (low, high) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
+            if not axis.get_visible():
+                continue  # the second curve shares the axis of the first
             low, high = sorted((low, high))
             ticks = zip(axis.get_ticklocs(), axis.get_ticklabels())
             texts += [label for place, label in ticks if low <= place <= high]
-    texts += [text for legend in fig.legends for text in legend.get_texts()]
-    boxes = [t.get_window_extent(renderer) for t in texts if t.get_text() and t.get_visible()]
+    legends = [axes.get_legend() for axes in fig.axes if axes.get_legend()]
+    texts += [text for legend in legends for text in legend.get_texts()] + [fig._suptitle]
+    texts = [text for text in texts if text.get_text() and text.get_visible()]
+    boxes = [text.get_window_extent(renderer) for text in texts]
     assert len(boxes) > 5
     for i, box in enumerate(boxes):
         assert fig.bbox.x0 <= box.x0 and box.x1 <= fig.bbox.x1, texts[i]
         assert fig.bbox.y0 <= box.y0 and box.y1 <= fig.bbox.y1, texts[i]
-        assert not any(box.overlaps(other) for other in boxes[:i]), (texts[i], boxes)
-    for legend in fig.legends:
+        assert not any(box.overlaps(other) for other in boxes[:i]), texts[i]
+    for legend in legends:
         assert not legend.get_window_extent(renderer).overlaps(fig.axes[0].get_window_extent())
+        assert not legend.get_window_extent(renderer).overlaps(fig.axes[1].get_tightbbox(renderer))
 
 
-def test_codes_are_drawn_where_they_are_in_the_colour_of_their_digit(tmp_path, figures):
-    rng = np.random.default_rng(0)
-    mu, labels = rng.normal(0, 1.5, (500, 2)), rng.integers(10, size=500)
-    vae_mnist.draw_codes(mu, labels, "Codes of 500 images: KLD 4.87", tmp_path / "codes.png")
-    axes = figures[0].axes[0]
+def test_codes_are_drawn_where_they_are_in_the_colour_of_their_digit(drawn, test_set):
+    with rough(1.5) as (model, sess, _):
+        mu, _ = model.encode(vae_mnist.scale(test_set[0]), sess)
+        _, panels = drawn(model, sess, test_set, log_of(50))
+    axes = panels["codes"]
     points = axes.collections[0]
-    assert np.array_equal(points.get_offsets(), mu)
-    expected = [to_rgb(vae_mnist.COLOURS[label]) for label in labels]
+    np.testing.assert_allclose(points.get_offsets(), mu, atol=1e-6)
+    expected = [to_rgb(vae_mnist.COLOURS[label]) for label in test_set[1]]
     assert np.array_equal(points.get_facecolors()[:, :3], expected)
-    legend = figures[0].legends[0]
+    legend = axes.get_legend()
     assert [text.get_text() for text in legend.get_texts()] == [str(n) for n in range(10)]
     for handle, colour in zip(legend.legend_handles, vae_mnist.COLOURS):
         assert np.array_equal(handle.get_facecolor()[0, :3], to_rgb(colour))
-    assert [(p.center, p.radius) for p in axes.patches] == [((0, 0), 1), ((0, 0), 2)]
-    assert axes.get_aspect() == 1 and "KLD 4.87" in axes.get_title()
-    assert_nothing_clipped_or_overlapping(figures[0])
-    assert matplotlib.image.imread(tmp_path / "codes.png").shape[1] == 800
+    (box,) = axes.patches  # what latent.png shows
+    assert (*box.get_xy(), box.get_width(), box.get_height()) == (-2, -2, 4, 4)
+    assert axes.get_aspect() == 1 and "200 test images: KLD 4.87" in axes.get_title()
 
 
-def test_reconstructions_stand_below_their_images(tmp_path, figures, test_set):
+def test_reconstructions_stand_below_their_images(drawn, test_set):
     images, labels = test_set
-    title = "Test images, each over its reconstruction:\nRecLoss 161.23 nats an image"
     with rough(1.5) as (model, sess, _):
-        vae_mnist.draw_reconstructions(model, sess, *test_set, title, tmp_path / "r.png")
-        axes = figures[0].axes[0]
+        _, panels = drawn(model, sess, test_set, log_of(50))
+        axes = panels["sheet"]
         sheet = axes.images[0].get_array()
         assert sheet.shape == (10 * 2 * 28, 10 * 28)
         for digit, column in [(0, 0), (3, 9), (9, 4)]:
@@ -288,36 +347,50 @@ def test_reconstructions_stand_below_their_images(tmp_path, figures, test_set):
     # Each digit's name stands where its images and their reconstructions meet.
     assert [label.get_text() for label in axes.get_yticklabels()] == [str(n) for n in range(10)]
     assert np.array_equal(axes.get_yticks(), 56 * np.arange(10) + 27.5)
-    assert_nothing_clipped_or_overlapping(figures[0])
+    assert "RecLoss 161.23" in axes.get_title()
 
 
-def test_few_images_of_many_classes_can_be_drawn(tmp_path, figures, test_set):
+def test_few_images_of_many_classes_can_be_drawn(drawn, test_set):
     """A data set of the same form need not have ten classes, or ten images of each."""
     labels = np.array([-1, 40, *range(100, 111)])
-    images = test_set[0][: len(labels)]
     with built() as (model, sess):
-        vae_mnist.draw_reconstructions(model, sess, images, labels, "title", tmp_path / "r.png")
-    sheet = figures[0].axes[0].images[0].get_array()
+        _, panels = drawn(model, sess, (test_set[0][: len(labels)], labels), log_of(50))
+    sheet = panels["sheet"].images[0].get_array()
     assert sheet.shape == (560, 280) and not sheet[:, 28:].any() and sheet[:, :28].any()
-    vae_mnist.draw_codes(np.zeros((len(labels), 2)), labels, "title", tmp_path / "c.png")
-    assert len(figures[1].legends[0].get_texts()) == len(labels)
+    assert len(panels["codes"].get_legend().get_texts()) == len(labels)
 
 
-@pytest.mark.parametrize("count", [1, 2, 50])
-def test_training_shows_every_line_of_the_log(count, tmp_path, figures):
-    i = np.arange(count)
-    log = np.stack([100 * i, 5 - 4.7 / (i + 1), 150 + 393 / (i + 1)], axis=1).tolist()
-    log = [[int(line[0]), *line[1:]] for line in log]
-    vae_mnist.draw_training(log, tmp_path / "training.png")
-    for axes, name, column in zip(figures[0].axes, ("KLD", "RecLoss"), (1, 2)):
-        drawn = np.transpose(axes.lines[0].get_data())
-        assert np.array_equal(drawn, [[line[0], line[column]] for line in log])
+@pytest.mark.parametrize("count", [1, 2, 50, 200])
+def test_losses_show_every_line_of_the_log_and_are_readable_after_the_first(count, drawn, test_set):
+    log = log_of(count)
+    with built() as (model, sess):
+        _, panels = drawn(model, sess, test_set, log)
+    for name, column in (("kld", 1), ("rec_loss", 2)):
+        axes = panels[name]
+        points = np.transpose(axes.lines[0].get_data())
+        assert np.array_equal(points, [[line[0], line[column]] for line in log])
         low, high = axes.get_ylim()
-        assert low < min(drawn[:, 1]) and high > max(drawn[:, 1])  # nothing is cut off
-        assert f"{name} of one batch: {log[-1][column]:.2f} nats" in axes.get_title()
-        assert f"in iteration {log[-1][0]}" in axes.get_title()
-    if count > 2:
-        assert_nothing_clipped_or_overlapping(figures[0])
+        settled = points[count // 20 :, 1]  # the first twentieth may run out of the picture
+        assert low < min(settled) and high > max(settled)
+        if count > 2:
+            assert np.ptp(settled) > 0.7 * (high - low)
+    title = panels["rec_loss"].get_title()
+    assert f"in iteration {log[-1][0]:,}" in title
+    assert f"KLD {log[-1][1]:.2f}" in title and f"RecLoss {log[-1][2]:.2f}" in title
+    assert "begins at 543.00" in panels["rec_loss"].get_xlabel()
+
+
+def test_report_fits_its_page_whatever_the_users_settings(drawn, test_set, tmp_path):
+    mine = {"savefig.dpi": 300, "savefig.bbox": "tight", "font.size": 25}
+    with rough(1.5) as (model, sess, _), matplotlib.rc_context(mine):
+        fig, _ = drawn(model, sess, test_set, log_of(200), {"decoder": "mirrored"})
+    assert_nothing_clipped_or_overlapping(fig)
+    assert fig._suptitle.get_text() == (
+        "mirrored decoder, seed 7, 5,000 iterations: NLL 164.95 nats an image"
+    )
+    assert matplotlib.image.imread(tmp_path / "report.png").shape[1] == 1350
+    sizes = [text.get_fontsize() for text in fig.findobj(matplotlib.text.Text)]
+    assert min(sizes) * 900 / (9 * 72) > 12  # pixels a letter, shown at a width of 900
 
 
 # How colours look to people without one kind of cone: Machado, Oliveira and Fernandes 2009.
