@@ -2,7 +2,8 @@
 
 The encoder turns an image x, D = 784 pixels in [0, 1], into a Gaussian over a latent code z of
 K = 2 dimensions; the decoder turns a code into r, the probability of white for every pixel. Both
-are trained together on KLD + RecLoss, the negative evidence lower bound, in nats an image:
+are trained together on KLD + RecLoss, the negative evidence lower bound on log p(x), in nats (units
+of the natural logarithm) an image:
 
     KLD     = 1/2 sum_k (exp(log_sig_sq_k) - log_sig_sq_k + mu_k^2 - 1)             (1)
     RecLoss = -sum_d (x_d log r_d + (1 - x_d) log(1 - r_d))                         (2)
@@ -11,8 +12,8 @@ are trained together on KLD + RecLoss, the negative evidence lower bound, in nat
     python vae_mnist.py --help     # all options and their defaults
 
 It writes latent.png, log.csv and checkpoint/, with --report also metrics.json and report.png. The
-tutorial is all above the line "beyond the tutorial"; what is called there and defined below keeps
-runs whole and does not concern the method. Shapes in comments: B images, D pixels, K dimensions.
+method is all above the line "beyond the tutorial"; what is called there and defined below keeps
+runs whole. The tutorial's main block became `work`. Shapes in comments: B images, D pixels, K.
 
 Source: Nate Merrill, "Implementing an MNIST Variational Autoencoder in TensorFlow", 2019.
 Method: Kingma and Welling, "Auto-Encoding Variational Bayes", arXiv:1312.6114.
@@ -24,6 +25,7 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -37,7 +39,8 @@ if __name__ == "__main__":
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C needs no traceback
     sys.stderr = os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace")
-    sys.stdout.reconfigure(errors="backslashreplace")
+    if sys.stdout:
+        sys.stdout.reconfigure(errors="backslashreplace")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 import matplotlib.figure
@@ -51,7 +54,7 @@ if __name__ == "__main__":
 
 SIDE = 28  # pixels along an edge of an image
 PIXELS = SIDE**2  # D
-LATENT = 2  # K, two so that the codes can be drawn in a plane
+LATENT = 2  # K; the picture and the report need the codes to lie in a plane
 DECODERS = {"tutorial": [256, 128, 64], "mirrored": [64, 128, 256]}  # units of the ELU layers
 ITERATIONS = 5000  # a bit over 21 passes over the 60,000 images
 BATCH_SIZE = 256  # images an iteration
@@ -63,7 +66,7 @@ HERE = Path(__file__).resolve().parent
 
 # --------------------------------------------------------------------------------------- model
 def split(batch, shards):
-    """Split a tensor into shards along its first axis; the last takes what is left over."""
+    """Split a batch into shards, a list: a product this small gains only from a thread of its own."""
     return tf.split(batch, [tf.shape(batch)[0] // shards] * (shards - 1) + [-1])
 
 
@@ -74,9 +77,9 @@ def dense(fc, units, activation=None):
     initial values: Glorot uniform (Glorot and Bengio 2010) and zeros.
     """
     with tf.variable_scope(None, default_name="dense"):
-        layer = len(tf.trainable_variables())  # with the graph's seed, it decides the weights
+        op_seed = len(tf.trainable_variables())  # with the graph's seed, it decides the weights
         kernel = tf.get_variable(
-            "kernel", [fc[0].shape[1], units], initializer=tf.glorot_uniform_initializer(layer)
+            "kernel", [fc[0].shape[1], units], initializer=tf.glorot_uniform_initializer(op_seed)
         ).value()  # read once, for all the shards
         bias = tf.get_variable("bias", [units], initializer=tf.zeros_initializer()).value()
         fc = [tf.nn.bias_add(tf.matmul(shard, kernel), bias) for shard in fc]
@@ -88,8 +91,8 @@ def cross_entropy(x, logits):
     """Return equation (2) for r = sigmoid(logits), (B, D), summed over the batch, and its gradient.
 
     -(x log r + (1 - x) log(1 - r)) = softplus(logits) - x logits stays finite where r rounds to 0
-    or 1, and its derivative r - x does not vanish there. Given in closed form, it also lets a
-    training step leave out the loss itself.
+    or 1, and its derivative r - x does not vanish there, as that of a clipped logarithm does. Given
+    in closed form, it also lets a training step leave out the loss itself.
     """
     loss = tf.reduce_sum(tf.nn.softplus(logits) - x * logits)
     return loss, lambda upstream: (-upstream * logits, upstream * (tf.sigmoid(logits) - x))
@@ -105,7 +108,7 @@ class VAE:
     `learning_rate` is the step size of Adam (Kingma and Ba 2015), whose other settings keep their
     defaults. `seed` decides the initial weights and, with the number of updates made, the noise
     eps. `shards`, by default as many as suit the machine, are parts of a batch that are computed
-    side by side; they change results by rounding alone. `decoder` is "tutorial", that of its
+    side by side; they change a result by rounding alone. `decoder` is "tutorial", that of its
     listing, which repeats the encoder's layers down to 4 linear units, or "mirrored", that of its
     text, which widens up to the image; anything else raises ValueError.
     """
@@ -120,9 +123,7 @@ class VAE:
         # Input data Tensor
         self.x = tf.placeholder(tf.float32, shape=[None, PIXELS], name="x")  # (B, D) in [0, 1]
         batch_size = tf.shape(self.x)[0]
-        # A matrix product this small gains nothing from a second thread. So a batch is computed in
-        # shards that do not depend on each other, one thread each: fc is a list of them.
-        fc = x = split(self.x, self.shards)
+        fc = x = split(self.x, self.shards)  # lists, of a tensor for each shard
         for n in [256, 128, 64]:
             fc = dense(fc, units=n, activation=tf.nn.elu)
         fc = tf.concat(dense(fc, units=2 * LATENT), axis=0)
@@ -177,7 +178,7 @@ class VAE:
         return sess.run(self.rec, {self.z: z}).reshape(-1, SIDE, SIDE)
 
     def restore(self, directory, sess):
-        """Load the newest complete checkpoint in a directory, in place of any other values.
+        """Load the newest checkpoint in a directory, such as outputs/checkpoint, into the session.
 
         A checkpoint that the tutorial's own program saved, once a `tf.train.Saver` was added to it,
         will do: what it lacks, such as the iteration number, is initialized. Raises ValueError if
@@ -219,12 +220,10 @@ def display_manifold(model, sess, path="latent.png", show=False):
     axes.set_xticks(ticks, coordinates)
     axes.set_yticks(ticks[::-1], coordinates)
     write_file(path, fig)
-    if show:
-        if plt.get_backend().lower() == "agg":  # what pyplot takes where no window can open
-            print("--show: there is no display", file=sys.stderr)
-        else:
-            plt.show()
-        plt.close(fig)
+    if show and plt.get_backend().lower() == "agg":  # pyplot's choice where no window can open
+        print("--show: there is no display", file=sys.stderr)
+    elif show:
+        plt.show()
     return figure
 
 
@@ -249,7 +248,7 @@ def load_mnist(path=None):
         try:
             archive = np.lib.npyio.NpzFile(file, allow_pickle=False)
             names = ("x_train", "y_train", "x_test", "y_test")
-            data = {name: archive[name] for name in names}
+            data = {name: np.ascontiguousarray(archive[name]) for name in names}
         except Exception as error:  # NumPy, zipfile and zlib raise whatever they come upon
             expected = "expected an .npz archive like mnist.npz, got a damaged, truncated or other"
             raise ValueError(f"{path}: {expected} file: {error}") from error
@@ -271,8 +270,8 @@ def scale(images, out=None):
 def random_batches(x_train, batch_size=BATCH_SIZE, seed=0, first=0):
     """Yield the batches of the iterations first, first + 1, ..., float32 (B, D) in [0, 1].
 
-    Images are drawn with replacement. A batch depends on (seed, iteration) alone, so no generator's
-    state has to outlive a run; each is written over the one before it.
+    Images are drawn with replacement, as (seed, iteration) alone decide: no generator's state has to
+    outlive a run. Each batch is written over the one before; copy it to keep it.
     """
     # TensorFlow reads a batch in place, without a copy, if it starts at a multiple of 64 bytes.
     memory = np.empty(batch_size * PIXELS + 16, np.float32)
@@ -328,7 +327,7 @@ def shard_count():
 
 
 def session(shards=None):
-    """Open a session on the current graph, with one thread for each shard of a batch."""
+    """Open a session on the current graph, with a thread for each shard, if there are several."""
     shards = shards or shard_count()
     threads = {"intra_op_parallelism_threads": 1, "inter_op_parallelism_threads": shards}
     options = tf.GPUOptions(allow_growth=True)  # a GPU's memory as needed, not all of it
@@ -421,8 +420,8 @@ def write_file(path, content):
 
 
 # ---------------------------------------------------------------------------------------- runs
-SETTINGS = ("decoder", "seed", "batch_size", "learning_rate", "shards")  # that decide a result
-DRAWN = ("latent.png", "metrics.json", "report.png")  # from the weights of a checkpoint
+SETTINGS = ("decoder", "seed", "batch_size", "learning_rate", "shards")  # that decide each bit
+DRAWN = ("latent.png", "metrics.json", "report.png")  # what shows the weights of a checkpoint
 
 
 class CheckpointError(ValueError):
@@ -431,15 +430,15 @@ class CheckpointError(ValueError):
 
 @dataclass
 class Run:
-    """A training run, and where it stands; run.json holds all of it but the directory."""
+    """A training run, and where it stands; run.json records all of it but the directory."""
 
     directory: Path
     settings: dict  # what decides the result, by name
     iterations: int  # wanted
     iteration: int = 0  # made
     log: list = field(default_factory=list)  # [[iteration, kld, rec_loss], ...]
-    model: str = ""  # the name of the newest checkpoint, this run's or one that it will replace
-    drawn: bool = False  # whether pictures of an older checkpoint are there
+    model: str = ""  # the name of the newest checkpoint in the directory
+    stale: bool = False  # whether DRAWN may be there, of weights that the next save replaces
 
     def save(self, model, sess):
         """Save the variables, then the record of the run, then what is derived from it.
@@ -455,10 +454,10 @@ class Run:
         model.saver.save(sess, str(directory / name), write_meta_graph=False, write_state=False)
         self.model = name
         self.write_record()
-        if self.drawn:
+        if self.stale:
             for picture in DRAWN:
                 (self.directory / picture).unlink(missing_ok=True)
-            self.drawn = False
+            self.stale = False
             self.write_record()
         lines = "".join(f"{i},{kld!r},{rec_loss!r}\n" for i, kld, rec_loss in self.log)
         write_file(self.directory / "log.csv", f"iteration,kld,rec_loss\n{lines}".encode())
@@ -493,13 +492,18 @@ def open_run(args, x_train, held):
     if not args.resume:
         directory.mkdir(parents=True, exist_ok=True)
     lock(directory, held)
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    settings["data"] = "sha256:" + hashlib.sha256(x_train).hexdigest()
+    run = Run(args.output_dir, settings, args.iterations or ITERATIONS)
     try:
         old = read_run(directory)
     except CheckpointError:
         if not args.overwrite:
             raise
-    settings = {name: getattr(args, name) for name in SETTINGS}
-    settings["data"] = "sha256:" + hashlib.sha256(x_train).hexdigest()
+        run.stale = True
+    if old:
+        finished = old.iteration >= old.iterations
+        state = f"the run in {args.output_dir} made {old.iteration} of {old.iterations} iterations"
     if args.resume:
         if not old:
             raise ValueError(f"--resume: there is no checkpoint in {directory}")
@@ -507,18 +511,14 @@ def open_run(args, x_train, held):
             if value not in (None, recorded := old.settings.get(name)):
                 option = f"--resume: --{name.replace('_', '-')} is {value}"
                 raise ValueError(f"{option}, but the run in {args.output_dir} has {recorded}")
+        if not finished and args.iterations and args.iterations < old.iteration:
+            raise ValueError(f"--resume: {state}, beyond --iterations {args.iterations}")
         return old
     settings["shards"] = args.shards or shard_count()
-    run = Run(args.output_dir, settings, args.iterations)
     if old:
-        finished = old.iteration >= old.iterations
         if not (finished or args.overwrite):
-            state = (
-                f"the run in {args.output_dir} stopped after {old.iteration} of {old.iterations}"
-            )
-            choice = "go on with --resume, or replace it with --overwrite"
-            raise ValueError(f"{state} iterations: {choice}")
-        run.model, run.drawn = old.model, old.drawn or finished
+            raise ValueError(f"{state}: go on with --resume, or replace it with --overwrite")
+        run.model, run.stale = old.model, old.stale or finished
     return run
 
 
@@ -558,17 +558,18 @@ COLOURS = ["#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6",
 
 
 def features(model, sess, x):
-    """Return features of images x, (B, units + 2), and a tensor of features of codes.
+    """Return features of images x, an array (B, units + 2), and a tensor of features of codes.
 
-    Their product is log p(x | z) - z^2 / 2. The last layer is logits = h W + b, so log p(x | z) =
-    x . logits - sum softplus(logits) = (x W^T) . h + x . b - sum softplus(logits).
+    Their product is log p(x | z) - z^2 / 2, which makes many images with many codes one matrix
+    product. The last layer is logits = h W + b, so log p(x | z) = x . logits - sum softplus(logits)
+    = (x W^T) . h + x . b - sum softplus(logits).
     """
     kernel, bias = sess.run(tf.trainable_variables()[-2:])
     of_images = np.column_stack([x @ kernel.T, x @ bias, np.ones(len(x), np.float32)])
     hidden = tf.concat(model.hidden, axis=0)
     normalizer = [tf.reduce_sum(tf.nn.softplus(shard), axis=1) for shard in model.logits]
-    minus = -tf.concat(normalizer, axis=0) - tf.reduce_sum(tf.square(model.z), axis=1) / 2
-    of_codes = tf.concat([hidden, tf.ones_like(minus)[:, None], minus[:, None]], axis=1)
+    offset = -tf.concat(normalizer, axis=0) - tf.reduce_sum(tf.square(model.z), axis=1) / 2
+    of_codes = tf.concat([hidden, tf.ones_like(offset)[:, None], offset[:, None]], axis=1)
     return of_images, of_codes
 
 
@@ -576,11 +577,12 @@ def evaluate(model, sess, images, seed=0, reach=6.0, step=0.03):
     """Measure what a model has learnt of images, uint8 (N, 28, 28), in nats an image.
 
     `seed` decides the samples of z, 100 an image; `reach` and `step` the grid of codes, over
-    [-reach, reach] in both dimensions. Returns arrays (N,), float64: "RecLoss", "KLD" and "-ELBO",
-    equations (2), averaged over the samples, (1), and their sum; "IW bound", the importance-weighted
-    bound -log 1/100 sum_k p(x, z_k) / q(z_k | x) (Burda and others 2015, arXiv:1509.00519); "NLL",
-    -log of the integral of N(z; 0, I) p(x | z) dz, as a sum over the grid; and "KL(q || p)", -ELBO -
-    NLL, the divergence of q(z | x) from the true posterior p(z | x).
+    [-reach, reach] in both dimensions. Returns arrays (N,), float64, by name:
+    "RecLoss": equation (2), averaged over the samples; "KLD": (1); "-ELBO": their sum.
+    "IW bound": the importance-weighted bound, -log 1/100 sum_k p(x, z_k) / q(z_k | x) (Burda,
+    Grosse and Salakhutdinov 2015, arXiv:1509.00519).
+    "NLL": -log p(x), the integral of N(z; 0, I) p(x | z) dz, as a sum over the grid.
+    "KL(q || p)": -ELBO - NLL, the divergence of the encoder's q(z | x) from the exact p(z | x).
     """
     rng, x = np.random.default_rng(seed), scale(images)
     with sess.graph.as_default():
@@ -588,7 +590,7 @@ def evaluate(model, sess, images, seed=0, reach=6.0, step=0.03):
         fed = tf.placeholder(tf.float32, of_images.shape)
         joint = [tf.matmul(part, of_codes, transpose_b=True) for part in split(fed, model.shards)]
         log_sum = tf.concat([tf.reduce_logsumexp(part, axis=1) for part in joint], axis=0)
-    mu, log_sig_sq = np.float64(model.encode(x, sess))
+    mu, log_sig_sq = np.asarray(model.encode(x, sess), np.float64)
     kld = 0.5 * np.sum(np.exp(log_sig_sq) - log_sig_sq + mu**2 - 1, axis=1)
     rec_loss, iw_bound = np.empty((2, len(x)))
     for start in range(0, len(x), 100):  # in blocks, as below: memory stays small
@@ -596,8 +598,8 @@ def evaluate(model, sess, images, seed=0, reach=6.0, step=0.03):
         log_var = log_sig_sq[block, None]
         eps = rng.standard_normal((len(log_var), SAMPLES, LATENT))
         z = mu[block, None] + np.exp(log_var / 2) * eps
-        codes = sess.run(of_codes, {model.z: z.reshape(-1, LATENT)}).reshape(*z.shape[:2], -1)
-        log_joint = np.float64(codes @ of_images[block, :, None])[..., 0]
+        of_z = sess.run(of_codes, {model.z: z.reshape(-1, LATENT)}).reshape(*z.shape[:2], -1)
+        log_joint = (of_z @ of_images[block, :, None])[..., 0].astype(np.float64)
         rec_loss[block] = -np.mean(log_joint + np.sum(z**2, axis=2) / 2, axis=1)
         log_ratio = log_joint + np.sum(eps**2 + log_var, axis=2) / 2
         iw_bound[block] = np.log(SAMPLES) - np.logaddexp.reduce(log_ratio, axis=1)
@@ -608,13 +610,12 @@ def evaluate(model, sess, images, seed=0, reach=6.0, step=0.03):
     for z in np.array_split(codes, 1 + len(codes) // 500):
         log_px = np.logaddexp(log_px, sess.run(log_sum, {fed: of_images, model.z: z}))
     nll = np.log(2 * np.pi / (grid[1] - grid[0]) ** 2) - log_px
-    elbo = rec_loss + kld
-    figures = {"RecLoss": rec_loss, "KLD": kld, "-ELBO": elbo, "IW bound": iw_bound, "NLL": nll}
-    return {**figures, "KL(q || p)": elbo - nll}
+    figures = {"RecLoss": rec_loss, "KLD": kld, "-ELBO": rec_loss + kld}
+    return {**figures, "IW bound": iw_bound, "NLL": nll, "KL(q || p)": rec_loss + kld - nll}
 
 
 def reconstructions(model, sess, images, labels):
-    """Return ten images of each of ten classes over what the model makes of their mu, as one."""
+    """Return ten classes, and ten images of each above what the model makes of their mu, as one."""
     classes = np.unique(labels)[:10]
     sheet = np.zeros((len(classes), 2, SIDE, 10, SIDE), np.float32)
     for (above, below), label in zip(sheet, classes):
@@ -680,7 +681,7 @@ def report(model, sess, test, run):
 
 # -------------------------------------------------------------------------------- command line
 def argument(kind, valid, expected, text):
-    """Return an argument of a kind, which must be valid, as the text that was given has it."""
+    """Return the value of a kind that a text on the command line stands for, if it is valid."""
     with suppress(ValueError):
         if valid(value := kind(text)):
             return value
@@ -690,27 +691,27 @@ def argument(kind, valid, expected, text):
 def parse_arguments(argv):
     """Return the parser of the command line, and the options."""
     parser = argparse.ArgumentParser("vae_mnist.py", description=__doc__.splitlines()[0])
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")  # a line
+    parser.error = lambda error: parser.exit(2, f"{parser.prog}: error: {one_line(error)}\n")
 
-    def add(name, text, default, to=parser, **how):
-        to.add_argument(name, default=default, help=f"{text} (default: %(default)s)", **how)
+    def add(name, text, default, shown=None, to=parser, **how):
+        to.add_argument(name, default=default, help=f"{text} (default: {shown or default})", **how)
 
     most = 2**31 - 1
     positive = partial(argument, int, lambda n: 1 <= n <= most, f"a whole number from 1 to {most}")
     seed = partial(argument, int, lambda n: 0 <= n <= most, f"a whole number from 0 to {most}")
     shards = partial(argument, int, lambda n: 1 <= n <= 64, "a whole number from 1 to 64")
-    largest = np.finfo(np.float32).max
-    rate = partial(argument, float, lambda r: 1e-45 <= r <= largest, "a number above 0")
-    path = partial(argument, Path, lambda p: str(p).encode(), "a name in UTF-8")  # for TensorFlow
-    parser.add_argument("--data", metavar="FILE", help="an .npz archive (default: data/mnist.npz)")
+    rate = partial(argument, float, lambda r: 1e-45 <= r <= 3.4e38, "a number above 0")  # float32
+    # TensorFlow wants names in UTF-8, and takes those with other characters for patterns.
+    plain = re.compile(r"[^*?[\\\ud800-\udfff]+").fullmatch
+    path = partial(argument, Path, lambda p: plain(p.as_posix()), "a name in UTF-8, no * ? [ \\")
+    add("--data", "an .npz archive", None, "data/mnist.npz", metavar="FILE")
     add("--output-dir", "where files go, made if missing", "outputs", type=path, metavar="DIR")
-    add("--iterations", "updates to make", ITERATIONS, type=positive, metavar="N")
+    add("--iterations", "updates to make", None, ITERATIONS, type=positive, metavar="N")
     add("--batch-size", "images an iteration", BATCH_SIZE, type=positive, metavar="N")
     add("--learning-rate", "step size of Adam", LEARNING_RATE, type=rate, metavar="R")
     add("--decoder", "as the tutorial lists or describes it", "tutorial", choices=DECODERS)
     add("--seed", "decides everything random", 0, type=seed, metavar="N")
-    text = "parts of a batch computed side by side (default: what suits the machine)"
-    parser.add_argument("--shards", type=shards, metavar="N", help=text)
+    add("--shards", "parts of a batch", None, "what suits the machine", type=shards, metavar="N")
     add("--log-every", "iterations a log line", LOG_EVERY, type=positive, metavar="N")
     add("--checkpoint-every", "iterations a save", CHECKPOINT_EVERY, type=positive, metavar="N")
     group = parser.add_mutually_exclusive_group()
@@ -723,21 +724,22 @@ def parse_arguments(argv):
 
 def work(args, run, x_train, test):
     """Do what is asked for, from the first iteration to the report; return the exit status."""
-    decoder, seed, _, learning_rate, shards = (run.settings[name] for name in SETTINGS)
-    with tf.Graph().as_default(), session(shards) as sess:
-        model = VAE(learning_rate, seed, shards, decoder)
+    how = {name: run.settings[name] for name in ("learning_rate", "seed", "shards", "decoder")}
+    with tf.Graph().as_default(), session(how["shards"]) as sess:
+        model = VAE(**how)
         if args.resume:
             model.restore(run.directory / "checkpoint", sess)
             run.save(model, sess)  # so that all files are of one iteration, even after a kill
-            run.drawn = run.iteration >= run.iterations
-            run.iterations = max(args.iterations, run.iteration)
+            run.stale = run.iteration >= run.iterations
+            run.iterations = max(args.iterations or run.iterations, run.iteration)
         else:
             sess.run(tf.global_variables_initializer())
-            if run.drawn:
+            if run.stale:
                 say(f"Replacing the finished run in {run.directory}")
         with stop_signals() as stopped:
             train(model, sess, x_train, run, args.log_every, args.checkpoint_every, stopped)
-        if run.iteration < run.iterations:
+        if stopped:
+            live_line()
             text = f"{signal.Signals(stopped[0]).name} after {run.iteration} of {run.iterations}"
             text = f"Stopped by {text} iterations; go on with the same options and --resume"
             print(text, file=sys.stderr)
@@ -762,11 +764,11 @@ def main(argv=None):
             (x_train, _), test = load_mnist(args.data)
             run = open_run(args, x_train, held)
         except (OSError, ValueError) as error:
-            parser.error(one_line(error))
+            parser.error(error)
         try:
             return work(args, run, x_train, test)
         except CheckpointError as error:
-            parser.error(f"--resume: {one_line(error)}")
+            parser.error(f"--resume: {error}")
         except (OSError, MemoryError, FloatingPointError, tf.errors.OpError) as error:
             if isinstance(error, MemoryError):
                 error = f"no memory for batches of {args.batch_size} images: {error}"

@@ -2,10 +2,12 @@
 
     python tests/benchmark.py               # seven rounds, about ten minutes
     python tests/benchmark.py --rounds 3
+    python tests/benchmark.py --batch-size 4096
 
 Each round runs every row once, in a process of its own, so that a change in the machine's speed
 meets all rows alike. A row is the median of its rounds, with their range. The rows of PyTorch and
-JAX need the packages torch and jax; everything else is there once the project is installed.
+JAX need the packages torch and jax; everything else is there once the project is installed. The
+rows of shards go as far as there are cores; "this project" is with what `shard_count` chooses.
 """
 
 import argparse
@@ -83,7 +85,7 @@ def tutorial():
             return median_ms(iteration)
 
 
-def project():
+def project(shards=None):
     """An iteration of this project: the batch, the feed and the update."""
     import tensorflow.compat.v1 as tf
 
@@ -91,17 +93,12 @@ def project():
 
     (x_train, _), _ = vae_mnist.load_mnist()
     with tf.Graph().as_default():
-        model = vae_mnist.VAE()
-        with vae_mnist.session() as sess:
+        model = vae_mnist.VAE(shards=shards)
+        with vae_mnist.session(shards) as sess:
             sess.run(tf.global_variables_initializer())
             update = sess.make_callable(model.opt, feed_list=[model.x])
-            x_batch = vae_mnist.batch_memory(BATCH)
-
-            def iteration(i):
-                vae_mnist.random_batch(x_train, BATCH, 0, i, out=x_batch)
-                update(x_batch)
-
-            return median_ms(iteration)
+            batches = vae_mnist.random_batches(x_train, BATCH)
+            return median_ms(lambda _: update(next(batches)))
 
 
 def products():
@@ -171,6 +168,35 @@ def memory():
         _, status, usage = os.wait4(process.pid, 0)
         assert status == 0
         return usage.ru_maxrss / 1024
+
+
+def report(decoder):
+    """Seconds of training and of the report in one run, and its peak memory in MB."""
+    import resource
+
+    import vae_mnist
+
+    seconds = {}
+
+    def timed(name):
+        function = getattr(vae_mnist, name)
+
+        def call(*arguments):
+            start = time.perf_counter()
+            result = function(*arguments)
+            seconds[name] = time.perf_counter() - start
+            return result
+
+        setattr(vae_mnist, name, call)
+
+    timed("train")
+    timed("report")
+    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as null:
+        sys.stdout, stdout = null, sys.stdout
+        vae_mnist.main(["--decoder", decoder, "--report", "--output-dir", folder])
+        sys.stdout = stdout
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return seconds["train"], seconds["report"], peak
 
 
 def torch_row(compiled):
@@ -255,9 +281,12 @@ def jax_row():
     return median_ms(hundred, 5, 1) / 100
 
 
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+SHARDS = [2**n for n in range(7) if 2**n <= CORES]
 ROWS = {
     "tutorial": (tutorial, None),
     "project": (project, None),
+    **{f"shards {shards}": (partial(project, shards), None) for shards in SHARDS},
     "products": (products, None),
     "torch": (partial(torch_row, False), "torch"),
     "torch.compile": (partial(torch_row, True), "torch"),
@@ -266,10 +295,13 @@ ROWS = {
     "import": (import_tensorflow, None),
     "start": (start_up, None),
     "memory": (memory, None),
+    "report tutorial": (partial(report, "tutorial"), None),
+    "report mirrored": (partial(report, "mirrored"), None),
 }
+ONCE = ("memory", "report tutorial", "report mirrored")
 
 
-def measure(row):
+def measure(row, batch_size):
     """Return what a row measures in a process of its own, or None where its package is missing."""
     package = ROWS[row][1]
     if package and not importlib.util.find_spec(package):
@@ -277,7 +309,7 @@ def measure(row):
     # One thread for the products: NumPy's matrix library reads these when it is loaded.
     threads = {f"{name}_NUM_THREADS": "1" for name in ("OPENBLAS", "MKL", "OMP")}
     environment = {**os.environ, **(threads if row == "products" else {})}
-    command = [sys.executable, __file__, "--row", row]
+    command = [sys.executable, __file__, "--row", row, "--batch-size", str(batch_size)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"{row}: {done.stderr}")
@@ -286,18 +318,21 @@ def measure(row):
 
 def main():
     """Measure all rows in turn, several times, and print medians, ranges and ratios."""
+    global BATCH
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--batch-size", type=int, default=BATCH)
     parser.add_argument("--row", choices=ROWS, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    BATCH = args.batch_size
     if args.row:
         print(json.dumps(ROWS[args.row][0]()))
         return
     values = {row: [] for row in ROWS}
     for i in range(args.rounds):
         for row in ROWS:
-            if row != "memory" or i == 0:
-                values[row].append(measure(row))
+            if row not in ONCE or i == 0:
+                values[row].append(measure(row, BATCH))
         print(f"round {i + 1} of {args.rounds} done", file=sys.stderr, flush=True)
 
     apart = [value[1] for value in values["manifold"]]
@@ -305,6 +340,7 @@ def main():
     lines = [
         ("iteration as the tutorial writes it", "ms", values["tutorial"]),
         ("iteration of this project", "ms", values["project"]),
+        *((f"the same in {n} shards", "ms", values[f"shards {n}"]) for n in SHARDS),
         ("its 26 matrix products alone, NumPy, 1 thread", "ms", values["products"]),
         ("PyTorch, eager, fused Adam", "ms", values["torch"]),
         ("PyTorch, torch.compile, fused Adam", "ms", values["torch.compile"]),
@@ -340,6 +376,12 @@ def main():
         ("start-up beyond the import, s", middle("start") - middle("import"), "at most 1.5"),
         ("peak memory, MB", middle("memory"), "at most 750"),
     ]
+    for decoder in ("tutorial", "mirrored"):
+        ((training, reporting, peak),) = values[f"report {decoder}"]
+        ratios += [
+            (f"{decoder} decoder: report / training", reporting / training, "at most 0.80"),
+            (f"{decoder} decoder: peak memory, MB", peak, "at most 1000"),
+        ]
     for row, name in [("torch", "PyTorch"), ("torch.compile", "torch.compile"), ("jax", "JAX")]:
         if values[row][0] is not None:
             ratios.append((f"iteration / {name}", middle("project") / middle(row), "below 1"))

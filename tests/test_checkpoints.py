@@ -138,6 +138,13 @@ def test_resume_of_a_finished_run_draws_again_and_can_train_on(
     assert_same_run(run_folder, tmp_path / "nine")
 
 
+def test_resume_goes_on_to_what_the_run_was_to_make(tmp_path, monkeypatch):
+    die(4, tmp_path, monkeypatch, "--iterations", "8")
+    options = ["--batch-size", "8", "--log-every", "2", "--checkpoint-every", "3", "--resume"]
+    assert vae_mnist.main([*options, "--output-dir", str(tmp_path)]) == 0
+    assert vae_mnist.read_run(tmp_path / "checkpoint").iteration == 8
+
+
 @pytest.mark.parametrize(
     ("option", "value", "old"),
     [
@@ -197,8 +204,8 @@ def test_checkpoint_of_another_network_is_refused(run_folder, capsys):
 def test_unfinished_run_is_not_overwritten_by_accident(unfinished, finished, capsys):
     err = refused(capsys, unfinished)
     assert "3 of 6 iterations" in err and "--resume" in err and "--overwrite" in err
-    assert main(unfinished, "--resume", "--iterations", "2") == 0  # nothing to do, nothing lost
-    assert "3 of 6 iterations" in refused(capsys, unfinished)
+    err = refused(capsys, unfinished, "--resume", "--iterations", "2")
+    assert "3 of 6" in err and "--iterations 2" in err
     assert main(unfinished, "--overwrite", "--seed", "1") == 0
     assert variables(unfinished) != variables(finished)
     assert json.loads((unfinished / "checkpoint" / "run.json").read_text())["iteration"] == 6
@@ -279,7 +286,7 @@ def test_run_of_an_older_version_goes_on(unfinished, finished):
     record = json.loads((directory / "run.json").read_text())
     for end in ("index", DATA):
         (directory / f"{record['model']}.{end}").rename(directory / f"model-3.{end}")
-    del record["drawn"], record["settings"]["shards"]
+    del record["stale"], record["settings"]["shards"]
     (directory / "run.json").write_text(json.dumps({**record, "model": "model-3"}))
     state = 'model_checkpoint_path: "model-3"\nall_model_checkpoint_paths: "model-3"\n'
     (directory / "checkpoint").write_text(state)

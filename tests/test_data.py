@@ -119,6 +119,14 @@ def test_pixels_are_scaled_as_in_the_tutorial():
     assert np.array_equal(batch_of(x, 1, 0, 0), expected)
 
 
+def test_images_in_columns_order_are_taken_too(tmp_path):
+    """Their hash, which belongs to the run, is of the images and not of how they lie."""
+    x_train = np.random.default_rng(0).integers(256, size=(3, 28, 28), dtype=np.uint8)
+    np.savez(tmp_path / "d.npz", **{**arrays(), "x_train": np.asfortranarray(x_train)})
+    (loaded, _), _ = vae_mnist.load_mnist(tmp_path / "d.npz")
+    assert loaded.flags.c_contiguous and np.array_equal(loaded, x_train)
+
+
 def wrong(**changes):
     """Return a function that writes an archive with some arrays changed, or left out (None)."""
 
@@ -170,6 +178,13 @@ def marked(offset, value):
     return write
 
 
+def raw(path):
+    """Write an archive whose members are no arrays."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in arrays():
+            archive.writestr(f"{name}.npy", b"raw")
+
+
 BAD = {
     "missing": (lambda path: None, "No such file"),
     "directory": (lambda path: path.mkdir(), "directory"),
@@ -188,6 +203,7 @@ BAD = {
     "empty": (wrong(x_train=np.zeros((0, 28, 28), np.uint8), y_train=np.zeros(0, int)), "N > 0"),
     "labels of another length": (wrong(y_train=np.arange(4)), "(3,)"),
     "float labels": (wrong(y_train=np.zeros(3)), "float64"),
+    "no arrays": (raw, "uint8"),
     "of 700 TB": (huge, "Unable to allocate"),
     "encrypted": (marked(6, 1), "encrypted"),
     "of unknown compression": (marked(8, 99), "compression"),

@@ -81,7 +81,9 @@ BAD_OPTIONS = [
     ("--decoder", "large", "mirrored"),
     ("--shards", "0", "from 1 to 64"),
     ("--shards", "65", "from 1 to 64"),
-    ("--output-dir", "out\udcff", "utf8_path"),
+    ("--output-dir", "out\udcff", "a name in UTF-8"),
+    ("--output-dir", "lr=[1]", "no * ? ["),  # TensorFlow would look for what this matches
+    ("--output-dir", "a\\b", "no * ? ["),
 ]
 
 
@@ -96,7 +98,7 @@ def test_wrong_option_is_refused_in_one_line(option, value, expected, tmp_path, 
 
 
 def test_unknown_option_and_stray_argument_are_refused_in_one_line(capsys):
-    for argv in (["--epochs", "3"], ["data.npz"], ["--data"]):
+    for argv in (["--epochs", "3"], ["data.npz"], ["--data"], ["--two\nlines"]):
         with pytest.raises(SystemExit) as stop:
             vae_mnist.main(argv)
         assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
@@ -110,6 +112,13 @@ def test_output_directory_that_cannot_be_used_is_refused_in_one_line(tmp_path, c
         err = capsys.readouterr().err
         assert stop.value.code == 2 and err.count("\n") == 1 and str(path) in err
     assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.slow
+def test_closed_standard_output_is_no_fault(tmp_path):
+    command = [*program(*SMALL_RUN, "--output-dir", tmp_path), ">&-"]
+    done = subprocess.run(" ".join(command), shell=True, capture_output=True, check=False)
+    assert done.returncode == 0 and not done.stderr and (tmp_path / "latent.png").exists()
 
 
 @pytest.mark.slow
@@ -141,7 +150,7 @@ def test_standard_output_that_cannot_be_written_is_named(tmp_path):
 
 @pytest.mark.slow
 def test_names_that_are_no_text_are_reported_in_one_line(tmp_path):
-    for option, reason in [("--data", "No such file"), ("--output-dir", "invalid")]:
+    for option, reason in [("--data", "No such file"), ("--output-dir", "UTF-8")]:
         process = run_program(option, "\udcff", cwd=tmp_path)  # the byte 255, as Python has it
         assert process.returncode == 2 and process.stderr.count("\n") == 1
         assert "udcff" in process.stderr and reason in process.stderr
