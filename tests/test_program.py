@@ -149,14 +149,14 @@ def test_standard_output_that_cannot_be_written_is_named(tmp_path):
 
 
 @pytest.mark.slow
-def test_names_that_are_no_text_are_reported_in_one_line(tmp_path):
-    for option, reason in [("--data", "No such file"), ("--output-dir", "UTF-8")]:
-        process = run_program(option, "\udcff", cwd=tmp_path)  # the byte 255, as Python has it
-        assert process.returncode == 2 and process.stderr.count("\n") == 1
-        assert "udcff" in process.stderr and reason in process.stderr
+def test_name_that_is_no_text_is_reported_in_one_line(tmp_path):
+    process = run_program("--data", "\udcff", cwd=tmp_path)  # the byte 255, as Python has it
+    assert process.returncode == 2
+    assert process.stderr == "vae_mnist.py: error: \\udcff: No such file or directory\n"
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_real_process_says_what_is_wrong_in_one_line(tmp_path):
     process = run_program("--data", "no-such.npz", cwd=tmp_path)
     assert process.returncode == 2 and not process.stdout
