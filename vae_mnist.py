@@ -66,7 +66,7 @@ HERE = Path(__file__).resolve().parent
 
 # --------------------------------------------------------------------------------------- model
 def split(batch, shards):
-    """Split a batch into shards, a list: a product this small gains only from a thread of its own."""
+    """Split a batch into a list of shards, which are computed side by side, a thread each."""
     return tf.split(batch, [tf.shape(batch)[0] // shards] * (shards - 1) + [-1])
 
 
@@ -270,8 +270,8 @@ def scale(images, out=None):
 def random_batches(x_train, batch_size=BATCH_SIZE, seed=0, first=0):
     """Yield the batches of the iterations first, first + 1, ..., float32 (B, D) in [0, 1].
 
-    Images are drawn with replacement, as (seed, iteration) alone decide: no generator's state has to
-    outlive a run. Each batch is written over the one before; copy it to keep it.
+    Images are drawn with replacement, as (seed, iteration) alone decide: no generator's state needs
+    to outlive a run. Each batch is written over the one before; copy it to keep it.
     """
     # TensorFlow reads a batch in place, without a copy, if it starts at a multiple of 64 bytes.
     memory = np.empty(batch_size * PIXELS + 16, np.float32)
@@ -321,7 +321,7 @@ def train(model, sess, x_train, run, log_every, checkpoint_every, stopped=()):
 # ------------------------------------------------------------------------- machine and output
 def shard_count():
     """Return how many shards of a batch to compute side by side: 2, or 1 on one core or a GPU."""
-    # With more shards than two the products grow still smaller, which gained nothing on two cores.
+    # A second thread is of no use to products this small, but two shards of a batch gain from two.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return 1 if cores == 1 or tf.config.list_physical_devices("GPU") else 2
 
@@ -353,7 +353,7 @@ def stop_signals():
 
 
 def lock(directory, held):
-    """Keep other runs out of a directory until `held`, an ExitStack, closes, or the process ends."""
+    """Keep other runs out of a directory until `held`, an ExitStack, closes or the process ends."""
     try:
         import fcntl
 
@@ -391,7 +391,6 @@ def say(text):
     try:
         print(text, flush=True)
     except OSError as error:
-        sys.stdout = None  # or Python would complain once more at its end
         raise OSError(error.errno, error.strerror, "standard output") from error
 
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -214,8 +215,10 @@ def test_unfinished_run_is_not_overwritten_by_accident(unfinished, finished, cap
 @pytest.mark.slow
 def test_damaged_record_is_only_replaced_on_request(run_folder, finished, capsys):
     (run_folder / "checkpoint" / "run.json").write_text("[]")
+    (run_folder / "metrics.json").write_text("of the damaged run")
     assert "--overwrite" in refused(capsys, run_folder)
     assert main(run_folder, "--overwrite") == 0
+    assert not (run_folder / "metrics.json").exists()
     assert_same_run(run_folder, finished)
 
 
@@ -492,11 +495,7 @@ def test_run_killed_again_and_again_ends_as_the_one_that_was_never_stopped(tmp_p
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_stops_after_the_iteration_and_saves(number, tmp_path):
-    options = ["--output-dir", tmp_path, "--iterations", 100_000, "--checkpoint-every", 100_000]
-    with subprocess.Popen(
-        program(*options), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        process.stdout.readline()
+    with training(tmp_path) as process:
         time.sleep(0.2)
         process.send_signal(number)
         err = process.stderr.read()
@@ -563,7 +562,7 @@ def test_kill_before_tensorflows_own_file_is_written_is_mended_by_resuming(run_f
     """Or `tf.train.latest_checkpoint` would go on to name what the run had been before."""
     moment = """
 write_file = vae_mnist.write_file
-vae_mnist.write_file = lambda path, data: kill() if path.name == "checkpoint" else write_file(path, data)
+vae_mnist.write_file = lambda path, x: kill() if path.name == "checkpoint" else write_file(path, x)
 """
     assert kill_while(moment, run_folder, *SHORT, "--seed", "1") == -signal.SIGKILL
     assert main(run_folder, "--seed", "1", "--resume") == 0
@@ -591,12 +590,22 @@ def test_run_resumed_on_one_core_ends_with_the_same_bytes(tmp_path):
     assert variables(tmp_path / "other") != variables(tmp_path / "whole")  # so shards do matter
 
 
+@contextmanager
+def training(output, *options):
+    """Yield a process that has begun to train for a long time; kill it in the end."""
+    options = ["--iterations", 100_000, "--checkpoint-every", 100_000, *options]
+    how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(program(*options, "--output-dir", output), **how) as process:
+        try:
+            process.stdout.readline()
+            yield process
+        finally:
+            process.kill()
+
+
 @pytest.mark.slow
 def test_second_run_in_a_directory_is_refused_while_the_first_lives(tmp_path, capsys):
-    options = ["--iterations", 100_000, "--checkpoint-every", 100_000, "--log-every", 100_000]
-    how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(program(*options, "--output-dir", tmp_path), **how) as first:
-        first.stdout.readline()
+    with training(tmp_path) as first:
         for other in ([], ["--resume"], ["--overwrite"], ["--seed", "1", "--report"]):
             err = refused(capsys, tmp_path, *other)
             assert f"{tmp_path}: another run is at work there" in err
@@ -604,12 +613,9 @@ def test_second_run_in_a_directory_is_refused_while_the_first_lives(tmp_path, ca
         assert "--resume" in first.stderr.read()
     assert first.returncode == 128 + signal.SIGTERM
     run = vae_mnist.read_run(tmp_path / "checkpoint")
-    with subprocess.Popen(
-        program(*options, "--output-dir", tmp_path, "--resume", "--log-every", 1), **how
-    ) as third:
-        third.stdout.readline()
+    with training(tmp_path, "--resume", "--log-every", 1):
         assert "another run" in refused(capsys, tmp_path, "--resume")
-        third.kill()  # which leaves no lock behind
+    # It was killed, which leaves no lock behind.
     assert main(tmp_path, "--batch-size", 256, "--resume", "--iterations", run.iteration) == 0
 
 

@@ -33,7 +33,7 @@ def test_set(mnist):
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    """Checkpoints of both models; after 1,000 iterations, the mirrored one's posteriors are narrow."""
+    """Checkpoints of both models; after 1,000 iterations, mirrored posteriors are narrow."""
     directories = {}
     for decoder, iterations in (("tutorial", "300"), ("mirrored", "1000")):
         output = tmp_path_factory.mktemp(decoder)
