@@ -340,7 +340,7 @@ def main():
     lines = [
         ("iteration as the tutorial writes it", "ms", values["tutorial"]),
         ("iteration of this project", "ms", values["project"]),
-        *((f"the same in {n} shards", "ms", values[f"shards {n}"]) for n in SHARDS),
+        *((f"the same, shards: {n}", "ms", values[f"shards {n}"]) for n in SHARDS),
         ("its 26 matrix products alone, NumPy, 1 thread", "ms", values["products"]),
         ("PyTorch, eager, fused Adam", "ms", values["torch"]),
         ("PyTorch, torch.compile, fused Adam", "ms", values["torch.compile"]),

@@ -498,7 +498,7 @@ def test_signal_stops_after_the_iteration_and_saves(number, tmp_path):
     with training(tmp_path) as process:
         time.sleep(0.2)
         process.send_signal(number)
-        err = process.stderr.read()
+        _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     run = json.loads((tmp_path / "checkpoint" / "run.json").read_text())
     line = err.strip().splitlines()[-1]
@@ -610,7 +610,7 @@ def test_second_run_in_a_directory_is_refused_while_the_first_lives(tmp_path, ca
             err = refused(capsys, tmp_path, *other)
             assert f"{tmp_path}: another run is at work there" in err
         first.send_signal(signal.SIGTERM)
-        assert "--resume" in first.stderr.read()
+        assert "--resume" in first.communicate(timeout=60)[1]
     assert first.returncode == 128 + signal.SIGTERM
     run = vae_mnist.read_run(tmp_path / "checkpoint")
     with training(tmp_path, "--resume", "--log-every", 1):
