@@ -466,7 +466,7 @@ sys.exit(vae_mnist.main(sys.argv[1:]))
 
 @pytest.mark.slow
 def test_run_killed_again_and_again_ends_as_the_one_that_was_never_stopped(tmp_path):
-    assert run_program(*LONG, "--output-dir", tmp_path / "whole").returncode == 0
+    assert main(tmp_path / "whole", *LONG) == 0
     output, record = tmp_path / "killed", tmp_path / "killed" / "checkpoint" / "run.json"
     rng = random.Random(0)
     kills, resume = 0, []
@@ -488,7 +488,7 @@ def test_run_killed_again_and_again_ends_as_the_one_that_was_never_stopped(tmp_p
     moment = "matplotlib.figure.Figure.savefig = half"
     assert kill_while(moment, output, *LONG, "--resume") == -signal.SIGKILL
     assert not (output / "latent.png").exists()
-    assert run_program(*LONG, "--output-dir", output, "--resume").returncode == 0
+    assert main(output, *LONG, "--resume") == 0
     assert_same_run(output, tmp_path / "whole")
 
 
@@ -525,7 +525,7 @@ tf.train.Saver.save = slow
     assert kill_while(moment, tmp_path, *options) == -signal.SIGINT
     assert time.monotonic() - start < 50
     assert vae_mnist.read_run(tmp_path / "checkpoint").iteration == 10
-    assert run_program(*options, "--output-dir", tmp_path, "--resume").returncode == 0
+    assert main(tmp_path, *options, "--batch-size", 256, "--resume") == 0
 
 
 @pytest.mark.slow
@@ -640,5 +640,4 @@ def test_full_disk_is_one_line_and_leaves_older_files_intact(finished, tmp_path)
     kept = [path for path in before if path.stem != spare(name)]
     assert {path: after[path] for path in kept} == {path: before[path] for path in kept}
     assert variables(output) == variables(finished)
-    resumed = run_program(*SHORT, "--output-dir", output, "--resume", "--iterations", 20)
-    assert resumed.returncode == 0
+    assert main(output, "--resume", "--iterations", 20) == 0
