@@ -415,7 +415,7 @@ def write_file(path, content):
     except OSError as error:
         with suppress(OSError):
             temporary.unlink()
-        raise OSError(error.errno, error.strerror, str(temporary)) from error
+        raise OSError(error.errno, error.strerror or error, str(temporary)) from error
 
 
 # ---------------------------------------------------------------------------------------- runs
