@@ -478,7 +478,8 @@ def read_run(directory):
         run.settings.setdefault("decoder", "tutorial")  # once there was no other
         run.settings.setdefault("shards", shard_count())  # nor were these recorded
     except (ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: is damaged; --overwrite begins a new run") from error
+        damaged = "expected the record of a run, got a damaged file; --overwrite begins a new one"
+        raise CheckpointError(f"{path}: {damaged}") from error
     return run
 
 
@@ -632,8 +633,8 @@ def draw_report(model, sess, test, run, means, path):
     fig = matplotlib.figure.Figure(figsize=(9, 8.8), dpi=150, layout="constrained")
     of = f"{run.settings['decoder']} decoder, seed {run.settings['seed']}"
     fig.suptitle(f"{of}, {run.iteration:,} iterations: NLL {means['NLL']:.2f} nats an image")
-    axes = fig.subplot_mosaic("AB;CC", width_ratios=(2, 1), height_ratios=(2, 1))
-    codes, sheet, losses = axes.values()
+    panels = fig.subplot_mosaic("AB;CC", width_ratios=(2, 1), height_ratios=(2, 1))
+    codes, sheet, losses = panels.values()
     mu, _ = model.encode(scale(images), sess)
     codes.scatter(*mu.T, s=2, linewidth=0, c=[COLOURS[label % 10] for label in labels])
     for label in np.unique(labels):
@@ -733,7 +734,7 @@ def work(args, run, x_train, test):
             run.iterations = max(args.iterations or run.iterations, run.iteration)
         else:
             sess.run(tf.global_variables_initializer())
-            if run.stale:
+            if run.stale and not args.overwrite:
                 say(f"Replacing the finished run in {run.directory}")
         with stop_signals() as stopped:
             train(model, sess, x_train, run, args.log_every, args.checkpoint_every, stopped)

@@ -218,6 +218,7 @@ def test_damaged_record_is_only_replaced_on_request(run_folder, finished, capsys
     (run_folder / "metrics.json").write_text("of the damaged run")
     assert "--overwrite" in refused(capsys, run_folder)
     assert main(run_folder, "--overwrite") == 0
+    assert "finished" not in capsys.readouterr().out  # which nobody can know
     assert not (run_folder / "metrics.json").exists()
     assert_same_run(run_folder, finished)
 
