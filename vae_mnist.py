@@ -2,8 +2,7 @@
 
 The encoder turns an image x, D = 784 pixels in [0, 1], into a Gaussian over a latent code z of
 K = 2 dimensions; the decoder turns a code into r, the probability of white for every pixel. Both
-are trained together on KLD + RecLoss, the negative evidence lower bound on log p(x), in nats (units
-of the natural logarithm) an image:
+are trained on KLD + RecLoss, the negative evidence lower bound on log p(x), in nats an image:
 
     KLD     = 1/2 sum_k (exp(log_sig_sq_k) - log_sig_sq_k + mu_k^2 - 1)             (1)
     RecLoss = -sum_d (x_d log r_d + (1 - x_d) log(1 - r_d))                         (2)
@@ -11,9 +10,8 @@ of the natural logarithm) an image:
     python vae_mnist.py            # train for 5,000 iterations, then draw outputs/latent.png
     python vae_mnist.py --help     # all options and their defaults
 
-It writes latent.png, log.csv and checkpoint/, with --report also metrics.json and report.png. The
-method is all above the line "beyond the tutorial"; what is called there and defined below keeps
-runs whole. The tutorial's main block became `work`. Shapes in comments: B images, D pixels, K.
+It writes latent.png, explore.html, log.csv and checkpoint/. The method is all above the line
+"beyond the tutorial"; below is what keeps runs whole. The tutorial's main block became `work`.
 
 Source: Nate Merrill, "Implementing an MNIST Variational Autoencoder in TensorFlow", 2019.
 Method: Kingma and Welling, "Auto-Encoding Variational Bayes", arXiv:1312.6114.
@@ -23,16 +21,17 @@ import argparse
 import hashlib
 import itertools
 import json
-import math
 import os
 import re
 import signal
 import sys
 import time
-from contextlib import ExitStack, contextmanager, suppress
+from base64 import b64encode
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 if __name__ == "__main__":
     # What TensorFlow's C++ code says while it loads goes nowhere; Python's errors still arrive.
@@ -40,7 +39,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C needs no traceback
     sys.stderr = os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace")
     if sys.stdout:
-        sys.stdout.reconfigure(errors="backslashreplace")
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 import matplotlib.figure
@@ -73,8 +72,7 @@ def split(batch, shards):
 def dense(fc, units, activation=None):
     """Apply a fully connected layer to every shard, as `tf.layers.dense` did to a batch.
 
-    The variables have its names (`dense/kernel`, `dense/bias`, `dense_1/kernel`, ...) and its
-    initial values: Glorot uniform (Glorot and Bengio 2010) and zeros.
+    Its variables have the same names (`dense/kernel`, `dense/bias`, `dense_1/kernel`, ...).
     """
     with tf.variable_scope(None, default_name="dense"):
         op_seed = len(tf.trainable_variables())  # with the graph's seed, it decides the weights
@@ -90,9 +88,8 @@ def dense(fc, units, activation=None):
 def cross_entropy(x, logits):
     """Return equation (2) for r = sigmoid(logits), (B, D), summed over the batch, and its gradient.
 
-    -(x log r + (1 - x) log(1 - r)) = softplus(logits) - x logits stays finite where r rounds to 0
-    or 1, and its derivative r - x does not vanish there, as that of a clipped logarithm does. Given
-    in closed form, it also lets a training step leave out the loss itself.
+    As softplus(logits) - x logits it stays finite where r rounds to 0 or 1, and its derivative
+    r - x does not vanish there, as that of a clipped logarithm does.
     """
     loss = tf.reduce_sum(tf.nn.softplus(logits) - x * logits)
     return loss, lambda upstream: (-upstream * logits, upstream * (tf.sigmoid(logits) - x))
@@ -105,12 +102,9 @@ class VAE:
     image; `kld`, `rec_loss` and their sum `loss` are averages over the batch, in nats an image.
     `opt` is one update by Adam, which also counts `iteration` up.
 
-    `learning_rate` is the step size of Adam (Kingma and Ba 2015), whose other settings keep their
-    defaults. `seed` decides the initial weights and, with the number of updates made, the noise
-    eps. `shards`, by default as many as suit the machine, are parts of a batch that are computed
-    side by side; they change a result by rounding alone. `decoder` is "tutorial", that of its
-    listing, which repeats the encoder's layers down to 4 linear units, or "mirrored", that of its
-    text, which widens up to the image; anything else raises ValueError.
+    `learning_rate` is Adam's. `seed` decides the first weights and, with the number of updates, the
+    noise eps. `shards`, parts of a batch that are computed side by side, change a result by
+    rounding alone. `decoder` is "tutorial", as in its listing, or "mirrored", as in its text.
     """
 
     def __init__(self, learning_rate=LEARNING_RATE, seed=0, shards=None, decoder="tutorial"):
@@ -122,46 +116,53 @@ class VAE:
 
         # Input data Tensor
         self.x = tf.placeholder(tf.float32, shape=[None, PIXELS], name="x")  # (B, D) in [0, 1]
-        batch_size = tf.shape(self.x)[0]
-        fc = x = split(self.x, self.shards)  # lists, of a tensor for each shard
-        for n in [256, 128, 64]:
-            fc = dense(fc, units=n, activation=tf.nn.elu)
-        fc = tf.concat(dense(fc, units=2 * LATENT), axis=0)
-        # estimate log sigma^2 for numerical stability
-        mu, log_sig_sq = self.mu, self.log_sig_sq = tf.split(fc, 2, axis=1)  # (B, K) each
+        with tf.name_scope("encoder"):
+            batch_size = tf.shape(self.x)[0]
+            fc = x = split(self.x, self.shards)  # lists, of a tensor for each shard
+            for n in [256, 128, 64]:
+                fc = dense(fc, units=n, activation=tf.nn.elu)
+            fc = tf.concat(dense(fc, units=2 * LATENT), axis=0)
+            # estimate log sigma^2 for numerical stability
+            mu, log_sig_sq = self.mu, self.log_sig_sq = tf.split(fc, 2, axis=1)  # (B, K) each
 
         # z = mu + sigma * epsilon
-        # epsilon is a sample from a N(0, 1) distribution, another one for every iteration
-        self.eps = eps = tf.random.stateless_normal([batch_size, LATENT], [seed, self.iteration])
+        with tf.name_scope("sampler"):
+            # epsilon is a sample from a N(0, 1) distribution, another one for every iteration
+            self.eps = tf.random.stateless_normal([batch_size, LATENT], [seed, self.iteration])
+            noise = tf.exp(log_sig_sq / 2) * self.eps
         # Random normal variable for decoder :D
         # Graph mode lets a run feed any tensor, not only placeholders: whoever feeds z overrides
         # the sampler, and neither x nor the encoder is needed. So one graph trains and draws.
-        self.z = tf.add(mu, tf.exp(log_sig_sq / 2) * eps, name="z")  # (B, K)
+        self.z = tf.add(mu, noise, name="z")  # (B, K)
 
-        fc = split(self.z, self.shards)
-        for n in DECODERS[decoder]:
-            fc = dense(fc, units=n, activation=tf.nn.elu)
-        if decoder == "tutorial":
-            fc = dense(fc, units=4)
-        logits = dense(fc, units=PIXELS)
-        self.hidden, self.logits = fc, logits  # by shards; a report computes with them
+        with tf.name_scope("decoder"):
+            fc = split(self.z, self.shards)
+            for n in DECODERS[decoder]:
+                fc = dense(fc, units=n, activation=tf.nn.elu)
+            if decoder == "tutorial":
+                fc = dense(fc, units=4)
+            logits = dense(fc, units=PIXELS)
+            self.hidden, self.logits = fc, logits  # by shards; report and page compute with them
+            fc = tf.concat(logits, axis=0)
         # sigmoid bounds answer to [0,1] for images
-        self.rec = tf.sigmoid(tf.concat(logits, axis=0), name="rec")  # (B, D)
+        self.rec = tf.sigmoid(fc, name="rec")  # (B, D)
 
-        # Both losses are summed over pixels or dimensions and averaged over the batch.
-        images = tf.cast(batch_size, tf.float32)
-        # reconstruction loss
-        self.rec_loss = tf.add_n([cross_entropy(*pair) for pair in zip(x, logits)]) / images
-        # KLD( (mu, sigma) , N(0,1) ) = .5 (tr(sigma2) + mu^T mu - k - log det(sigma2))
-        kld = 0.5 * tf.reduce_sum(tf.exp(log_sig_sq) + tf.square(mu) - 1.0 - log_sig_sq)
-        self.kld = kld / images
-        self.loss = self.kld + self.rec_loss
+        with tf.name_scope("losses"):  # averages over the batch
+            images = tf.cast(batch_size, tf.float32)
+            # reconstruction loss
+            self.rec_loss = tf.add_n([cross_entropy(*pair) for pair in zip(x, logits)]) / images
+            # KLD( (mu, sigma) , N(0,1) ) = .5 (tr(sigma2) + mu^T mu - k - log det(sigma2))
+            kld = 0.5 * tf.reduce_sum(tf.exp(log_sig_sq) + tf.square(mu) - 1.0 - log_sig_sq)
+            self.kld = kld / images
+            self.loss = self.kld + self.rec_loss
+
         adam, ungated = tf.train.AdamOptimizer(learning_rate), tf.train.Optimizer.GATE_NONE
-        gradients, variables = zip(*adam.compute_gradients(self.loss, gate_gradients=ungated))
-        # The first layer's gradient comes last and its update takes longest, so it starts at once.
-        # The other updates wait for all gradients, or they would hold up products on the way there.
-        gradients = [gradients[0], *tf.tuple(gradients)[1:]]
-        self.opt = adam.apply_gradients(zip(gradients, variables), global_step=self.iteration)
+        with tf.name_scope("adam") as scope:
+            gradients, variables = zip(*adam.compute_gradients(self.loss, gate_gradients=ungated))
+            # The first layer's gradient comes last and its update takes longest: it starts at once.
+            # The others wait for all gradients, or they would hold up products on the way there.
+            gradients = [gradients[0], *tf.tuple(gradients)[1:]]
+        self.opt = adam.apply_gradients(zip(gradients, variables), self.iteration, name=scope)
         self.saver = tf.train.Saver()
 
     def step(self, batch, sess):
@@ -178,13 +179,55 @@ class VAE:
         return sess.run(self.rec, {self.z: z}).reshape(-1, SIDE, SIDE)
 
     def restore(self, directory, sess):
-        """Load the newest checkpoint in a directory, such as outputs/checkpoint, into the session.
+        """Load the newest checkpoint in a directory; what it lacks, as the tutorial's, starts anew.
 
-        A checkpoint that the tutorial's own program saved, once a `tf.train.Saver` was added to it,
-        will do: what it lacks, such as the iteration number, is initialized. Raises ValueError if
-        there is none, if it is damaged, or if it is of another network.
+        Raises ValueError if there is none, or if it is damaged or of another network.
         """
-        restore_variables(self, directory, sess)
+        run = read_run(directory)
+        if run and (held := run.settings["decoder"]) != self.decoder:
+            raise CheckpointError(
+                f"{directory}: has the {held} decoder, not the {self.decoder} one"
+            )
+        prefix = f"{directory}/{run.model}" if run else tf.train.latest_checkpoint(directory)
+        if prefix is None:
+            raise CheckpointError(
+                f"{directory}: expected a directory with a checkpoint, found none"
+            )
+        try:
+            shapes = tf.train.load_checkpoint(prefix).get_variable_to_shape_map()
+            for name, shape in ((v.op.name, v.shape.as_list()) for v in tf.trainable_variables()):
+                if (found := shapes.get(name, "missing")) != shape:
+                    raise ValueError(f"of another network: {name} must be {shape}, is {found}")
+            sess.run(tf.global_variables_initializer())
+            saved = [v for v in tf.global_variables() if v.op.name in shapes]
+            tf.train.Saver(saved).restore(sess, prefix)
+        except (tf.errors.OpError, RuntimeError, ValueError) as error:
+            raise CheckpointError(
+                f"{prefix}: not a checkpoint to use: {one_line(error)}"
+            ) from error
+
+    def export(self, directory, sess):
+        """Write a SavedModel: `encode` makes mu and log_sig_sq of x, `decode` makes rec of z.
+
+        Other programs use it without this module. Raises FileExistsError if the directory exists.
+        """
+        if os.path.exists(directory):
+            raise FileExistsError(
+                f"{directory}: expected the name of a new directory, got an old one"
+            )
+        verbosity = tf.logging.get_verbosity()
+        tf.logging.set_verbosity(tf.logging.ERROR)  # predict_signature_def calls what is deprecated
+        signature = tf.saved_model.predict_signature_def
+        encode = signature({"x": self.x}, {"mu": self.mu, "log_sig_sq": self.log_sig_sq})
+        decode = signature({"z": self.z}, {"rec": self.rec})
+        tf.logging.set_verbosity(verbosity)
+        with sess.graph.as_default(), TemporaryDirectory(dir=Path(directory).parent) as beside:
+            builder = tf.saved_model.Builder(f"{beside}/model")
+            saver = tf.train.Saver(tf.trainable_variables())
+            signatures = {"encode": encode, "decode": decode}
+            builder.add_meta_graph_and_variables(sess, ["serve"], signatures, saver=saver)
+            builder.save()
+            os.rename(f"{beside}/model", directory)
 
 
 # ------------------------------------------------------------------------------------- picture
@@ -192,9 +235,8 @@ class VAE:
 def display_manifold(model, sess, path="latent.png", show=False):
     """Draw 30 x 30 images, decoded over [-2, 2] in both latent dimensions, into a PNG file.
 
-    Each decoded pixel is one pixel of the file, unsmoothed. show=True also opens a window, where
-    there is a display. Returns all the images as one, ndarray (840, 840), float32 in [0, 1], in
-    which z[0] grows to the right and z[1] upwards.
+    Each decoded pixel is one pixel of the file. show=True also opens a window. Returns all images
+    as one, float32 (840, 840) in [0, 1], in which z[0] grows to the right and z[1] upwards.
     """
     n = 30
     grid_x = np.linspace(-2, 2, n)
@@ -208,11 +250,8 @@ def display_manifold(model, sess, path="latent.png", show=False):
     new_figure = plt.figure if show else matplotlib.figure.Figure
     fig = new_figure(figsize=(width / 100, height / 100), dpi=100)
     area = (left / width, bottom / height, n * SIDE / width, n * SIDE / height)
-    edges = (-0.5, n * SIDE - 0.5)
-    axes = fig.add_axes(area, xlabel="z[0]", ylabel="z[1]", xlim=edges, ylim=edges[::-1])
-    grey = matplotlib.colormaps["Greys_r"](figure, bytes=True)  # (840, 840, 4)
-    fig.figimage(grey, left, bottom)  # unlike imshow, it never resamples
-    axes.patch.set_visible(False)
+    axes = fig.add_axes(area, xlabel="z[0]", ylabel="z[1]")
+    axes.imshow(figure, cmap="Greys_r", vmin=0, vmax=1, interpolation="none")
     axes.spines[:].set_position(("outward", 3))  # on the edge they would cover pixels
     axes.spines[["top", "right"]].set_visible(False)
     coordinates = np.linspace(-2, 2, 9)
@@ -233,10 +272,8 @@ def load_mnist(path=None):
 
     Default: `data/mnist.npz` beside this module; where that is missing, what
     `tf.keras.datasets.mnist.load_data()` has or downloads. Returns (x_train, y_train), (x_test,
-    y_test): images, uint8 (N, 28, 28) from 0 to 255, and labels, integers (N,).
-
-    Raises OSError if there is no such file, or none at all and no download; ValueError if it is
-    not such an archive. Pickled objects are never loaded.
+    y_test): images, uint8 (N, 28, 28) from 0 to 255, and labels, integers (N,). Raises OSError if
+    there is no such file, or none at all and no download, ValueError if it is not such an archive.
     """
     if path is None and not (path := HERE / "data" / "mnist.npz").exists():
         try:
@@ -277,8 +314,7 @@ def random_batches(x_train, batch_size=BATCH_SIZE, seed=0, first=0):
     memory = np.empty(batch_size * PIXELS + 16, np.float32)
     start = -memory.ctypes.data % 64 // memory.itemsize
     x_batch = memory[start:][: batch_size * PIXELS].reshape(batch_size, PIXELS)
-    # One generator serves many iterations: making one is slow after a training step, when all that
-    # it needs has left the processor's cache. The bound keeps the indices of big batches small.
+    # A generator serves many iterations, as making one takes time; the bound is for big batches.
     rows = max(1, min(64, 2**20 // batch_size))
     for i in itertools.count(first):
         block, row = divmod(i, rows)
@@ -291,11 +327,7 @@ def random_batches(x_train, batch_size=BATCH_SIZE, seed=0, first=0):
 
 # ------------------------------------------------------------------------------------ training
 def train(model, sess, x_train, run, log_every, checkpoint_every, stopped=()):
-    """Make the updates that a run, a `Run`, lacks; save it on the way and at the end.
-
-    As soon as there is something in `stopped`, the run is saved and left. Raises FloatingPointError
-    where a loss is not finite, with nothing of that iteration saved.
-    """
+    """Make the updates that a `Run` lacks; save it on the way, at its end, and once `stopped`."""
     # Where nobody fetches the losses, graph mode leaves out what only they need.
     update = sess.make_callable(model.opt, feed_list=[model.x])
     batch_size, seed = run.settings["batch_size"], run.settings["seed"]
@@ -305,7 +337,7 @@ def train(model, sess, x_train, run, log_every, checkpoint_every, stopped=()):
             kld, rec_loss = model.step(x_batch, sess)
             check_losses(run, i, kld, rec_loss)
             run.log.append([i, kld, rec_loss])
-            say(f"Iteration {i}: KLD = {kld:f}, RecLoss = {rec_loss:f}")
+            print(f"Iteration {i}: KLD = {kld:f}, RecLoss = {rec_loss:f}")
         else:
             update(x_batch)
         run.iteration = i + 1
@@ -321,35 +353,29 @@ def train(model, sess, x_train, run, log_every, checkpoint_every, stopped=()):
 # ------------------------------------------------------------------------- machine and output
 def shard_count():
     """Return how many shards of a batch to compute side by side: 2, or 1 on one core or a GPU."""
-    # A second thread is of no use to products this small, but two shards of a batch gain from two.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return 1 if cores == 1 or tf.config.list_physical_devices("GPU") else 2
 
 
 def session(shards=None):
     """Open a session on the current graph, with a thread for each shard, if there are several."""
-    shards = shards or shard_count()
-    threads = {"intra_op_parallelism_threads": 1, "inter_op_parallelism_threads": shards}
-    options = tf.GPUOptions(allow_growth=True)  # a GPU's memory as needed, not all of it
-    config = tf.ConfigProto(gpu_options=options, **(threads if shards > 1 else {}))
+    config = tf.ConfigProto(gpu_options=tf.GPUOptions(allow_growth=True))  # not all its memory
+    if (shards := shards or shard_count()) > 1:
+        config.intra_op_parallelism_threads, config.inter_op_parallelism_threads = 1, shards
     return tf.Session(config=config)
 
 
-@contextmanager
-def stop_signals():
-    """Yield a list that gets the number of a SIGINT or SIGTERM; the same again ends the process."""
+def stop_signals(held):
+    """Return a list that gets the first SIGINT and SIGTERM until `held`, an ExitStack, closes."""
     stopped = []
 
     def note(number, _):
         stopped.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(number, signal.SIG_DFL)  # the same again ends the process
 
-    previous = {each: signal.signal(each, note) for each in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stopped
-    finally:
-        for each, handler in previous.items():
-            signal.signal(each, handler)
+    for each in (signal.SIGINT, signal.SIGTERM):
+        held.callback(signal.signal, each, signal.signal(each, note))
+    return stopped
 
 
 def lock(directory, held):
@@ -366,40 +392,27 @@ def lock(directory, held):
         pass  # Windows and some file systems have no such locks
 
 
-def live_line(text=""):
-    """Show text in place of the live line on a terminal's standard error, and nowhere else."""
-    if sys.stderr.isatty():
-        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
-
-
 def progress(first, last):
-    """Yield the iterations from first to last; the live line shows the share done and time left."""
+    """Yield the iterations from first to last; a terminal shows the share done and time left."""
     start = shown = time.monotonic()
     for i in range(first, last):
         yield i
-        if time.monotonic() - shown > 0.2:
+        if time.monotonic() - shown > 0.2 and sys.stderr.isatty():
             shown = time.monotonic()
             speed = (i + 1 - first) / (shown - start)
             left = (last - i - 1) / speed
-            live_line(f"{(i + 1) / last:4.0%}, {speed:.0f} iterations/s, {left:.0f} s left")
-    live_line()
-
-
-def say(text):
-    """Print a line on standard output."""
-    live_line()
-    try:
-        print(text, flush=True)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, "standard output") from error
+            text = f"{(i + 1) / last:4.0%}, {speed:.0f} iterations/s, {left:.0f} s left"
+            print(f"\033[K{text}\r", end="", file=sys.stderr, flush=True)
+    if sys.stderr.isatty():
+        print("\033[K", end="", file=sys.stderr, flush=True)
 
 
 def one_line(error):
     """Return what an exception says, in one line."""
     if isinstance(error, tf.errors.OpError):
         error = error.message.split("\n\t [[")[0].splitlines()[-1]  # without where in the graph
-    elif isinstance(error, OSError) and error.filename:
-        error = f"{error.filename}: {error.strerror}"
+    elif isinstance(error, OSError) and error.strerror:
+        error = f"{error.filename or 'standard output'}: {error.strerror}"  # all else has a name
     return " ".join(str(error).split())
 
 
@@ -420,7 +433,7 @@ def write_file(path, content):
 
 # ---------------------------------------------------------------------------------------- runs
 SETTINGS = ("decoder", "seed", "batch_size", "learning_rate", "shards")  # that decide each bit
-DRAWN = ("latent.png", "metrics.json", "report.png")  # what shows the weights of a checkpoint
+DRAWN = ("latent.png", "explore.html", "metrics.json", "report.png")  # of the newest checkpoint
 
 
 class CheckpointError(ValueError):
@@ -440,14 +453,14 @@ class Run:
     stale: bool = False  # whether DRAWN may be there, of weights that the next save replaces
 
     def save(self, model, sess):
-        """Save the variables, then the record of the run, then what is derived from it.
+        """Save the variables, the record of the run, its log, and what latest_checkpoint reads.
 
         The variables go to the one of two names that run.json does not name, and then run.json,
         replaced in one step, names it: so at every moment it belongs to a whole checkpoint.
         """
         directory = self.directory / "checkpoint"
-        name = "vae_mnist-b" if self.model == "vae_mnist-a" else "vae_mnist-a"
         directory.mkdir(exist_ok=True)
+        name = "vae_mnist-b" if self.model == "vae_mnist-a" else "vae_mnist-a"
         for path in directory.glob(f"{name}.*"):  # older, or left by a save that was killed
             path.unlink()
         model.saver.save(sess, str(directory / name), write_meta_graph=False, write_state=False)
@@ -460,8 +473,7 @@ class Run:
             self.write_record()
         lines = "".join(f"{i},{kld!r},{rec_loss!r}\n" for i, kld, rec_loss in self.log)
         write_file(self.directory / "log.csv", f"iteration,kld,rec_loss\n{lines}".encode())
-        state = f'model_checkpoint_path: "{name}"\n'  # for tf.train.latest_checkpoint
-        write_file(directory / "checkpoint", state.encode())
+        write_file(directory / "checkpoint", f'model_checkpoint_path: "{name}"\n'.encode())
 
     def write_record(self):
         record = {key: value for key, value in vars(self).items() if key != "directory"}
@@ -484,10 +496,7 @@ def read_run(directory):
 
 
 def open_run(args, x_train, held):
-    """Lock the output directory; return the run that goes on or begins there.
-
-    Raises ValueError if that would lose an unfinished run, or mix two runs.
-    """
+    """Lock the output directory; return the run that goes on or begins there, if one may."""
     directory, old = args.output_dir / "checkpoint", None
     if not args.resume:
         directory.mkdir(parents=True, exist_ok=True)
@@ -522,35 +531,15 @@ def open_run(args, x_train, held):
     return run
 
 
-def restore_variables(model, directory, sess):
-    """Do what `VAE.restore` promises."""
-    run = read_run(directory)
-    if run and (held := run.settings["decoder"]) != model.decoder:
-        raise CheckpointError(f"{directory}: has the {held} decoder, not the {model.decoder} one")
-    prefix = f"{directory}/{run.model}" if run else tf.train.latest_checkpoint(directory)
-    if prefix is None:
-        raise CheckpointError(f"{directory}: expected a directory with a checkpoint, found none")
-    try:
-        shapes = tf.train.load_checkpoint(prefix).get_variable_to_shape_map()
-        for name, shape in ((v.op.name, v.shape.as_list()) for v in tf.trainable_variables()):
-            if (found := shapes.get(name, "missing")) != shape:
-                raise ValueError(f"of another network: {name} must be {shape}, is {found}")
-        sess.run(tf.global_variables_initializer())
-        saved = [v for v in tf.global_variables() if v.op.name in shapes]
-        tf.train.Saver(saved).restore(sess, prefix)
-    except (tf.errors.OpError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{prefix}: not a checkpoint to use: {one_line(error)}") from error
-
-
 def check_losses(run, iteration, kld, rec_loss):
     """Raise FloatingPointError unless the losses of an iteration are finite."""
-    if not math.isfinite(kld + rec_loss):
+    if not np.isfinite(kld + rec_loss):
         losses = f"iteration {iteration}: KLD = {kld:f}, RecLoss = {rec_loss:f}"
-        remedy = f"a lower --learning-rate than {run.settings['learning_rate']}"
-        raise FloatingPointError(f"{losses}, so training stopped; try {remedy}")
+        lower = f"a lower --learning-rate than {run.settings['learning_rate']}"
+        raise FloatingPointError(f"{losses}, so training stopped; try {lower}")
 
 
-# -------------------------------------------------------------------------------------- report
+# ----------------------------------------------------------------------------- report and page
 SAMPLES = 100  # of z for an image
 # Ten colours that colour-blind people can tell apart: Petroff 2021, arXiv:2107.02270.
 COLOURS = ["#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6",
@@ -560,9 +549,8 @@ COLOURS = ["#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6",
 def features(model, sess, x):
     """Return features of images x, an array (B, units + 2), and a tensor of features of codes.
 
-    Their product is log p(x | z) - z^2 / 2, which makes many images with many codes one matrix
-    product. The last layer is logits = h W + b, so log p(x | z) = x . logits - sum softplus(logits)
-    = (x W^T) . h + x . b - sum softplus(logits).
+    Their product is log p(x | z) - z^2 / 2. The last layer is logits = h W + b, so log p(x | z) =
+    x . logits - sum softplus(logits) = (x W^T) . h + x . b - sum softplus(logits).
     """
     kernel, bias = sess.run(tf.trainable_variables()[-2:])
     of_images = np.column_stack([x @ kernel.T, x @ bias, np.ones(len(x), np.float32)])
@@ -592,17 +580,15 @@ def evaluate(model, sess, images, seed=0, reach=6.0, step=0.03):
         log_sum = tf.concat([tf.reduce_logsumexp(part, axis=1) for part in joint], axis=0)
     mu, log_sig_sq = np.asarray(model.encode(x, sess), np.float64)
     kld = 0.5 * np.sum(np.exp(log_sig_sq) - log_sig_sq + mu**2 - 1, axis=1)
-    rec_loss, iw_bound = np.empty((2, len(x)))
-    for start in range(0, len(x), 100):  # in blocks, as below: memory stays small
-        block = slice(start, start + 100)
-        log_var = log_sig_sq[block, None]
-        eps = rng.standard_normal((len(log_var), SAMPLES, LATENT))
-        z = mu[block, None] + np.exp(log_var / 2) * eps
-        of_z = sess.run(of_codes, {model.z: z.reshape(-1, LATENT)}).reshape(*z.shape[:2], -1)
-        log_joint = (of_z @ of_images[block, :, None])[..., 0].astype(np.float64)
-        rec_loss[block] = -np.mean(log_joint + np.sum(z**2, axis=2) / 2, axis=1)
-        log_ratio = log_joint + np.sum(eps**2 + log_var, axis=2) / 2
-        iw_bound[block] = np.log(SAMPLES) - np.logaddexp.reduce(log_ratio, axis=1)
+    eps = rng.standard_normal((len(x), SAMPLES, LATENT)).swapaxes(0, 1)  # (SAMPLES, N, K)
+    samples = mu + np.exp(log_sig_sq / 2) * eps
+    of_samples = (sess.run(of_codes, {model.z: z}) for z in samples)
+    log_joint = np.array(
+        [np.sum(of_images * of_z, axis=1, dtype=np.float64) for of_z in of_samples]
+    )
+    rec_loss = -np.mean(log_joint + np.sum(samples**2, axis=2) / 2, axis=0)
+    log_ratio = log_joint + np.sum(eps**2 + log_sig_sq, axis=2) / 2
+    iw_bound = np.log(SAMPLES) - np.logaddexp.reduce(log_ratio, axis=0)
 
     grid = np.linspace(-reach, reach, round(2 * reach / step) + 1)
     codes = np.stack(np.meshgrid(grid, grid), axis=-1).reshape(-1, LATENT)
@@ -611,19 +597,7 @@ def evaluate(model, sess, images, seed=0, reach=6.0, step=0.03):
         log_px = np.logaddexp(log_px, sess.run(log_sum, {fed: of_images, model.z: z}))
     nll = np.log(2 * np.pi / (grid[1] - grid[0]) ** 2) - log_px
     figures = {"RecLoss": rec_loss, "KLD": kld, "-ELBO": rec_loss + kld}
-    return {**figures, "IW bound": iw_bound, "NLL": nll, "KL(q || p)": rec_loss + kld - nll}
-
-
-def reconstructions(model, sess, images, labels):
-    """Return ten classes, and ten images of each above what the model makes of their mu, as one."""
-    classes = np.unique(labels)[:10]
-    sheet = np.zeros((len(classes), 2, SIDE, 10, SIDE), np.float32)
-    for (above, below), label in zip(sheet, classes):
-        x = images[labels == label][:10]
-        mu, _ = model.encode(scale(x), sess)
-        above[:, : len(x)] = x.swapaxes(0, 1) / 255
-        below[:, : len(x)] = model.decode(mu, sess).swapaxes(0, 1)
-    return classes, sheet.reshape(-1, 10 * SIDE)
+    return figures | {"IW bound": iw_bound, "NLL": nll, "KL(q || p)": rec_loss + kld - nll}
 
 
 @matplotlib.style.context("default")
@@ -643,11 +617,16 @@ def draw_report(model, sess, test, run, means, path):
     codes.add_patch(matplotlib.patches.Rectangle((-2, -2), 4, 4, fill=False, linestyle="--"))
     codes.set(title=f"Codes of {len(images):,} test images: KLD {means['KLD']:.2f}", aspect="equal")
     codes.set(xlabel="mu[0]; dashed: what latent.png shows", ylabel="mu[1]")
-    classes, digits = reconstructions(model, sess, images, labels)
-    sheet.imshow(digits, cmap="Greys_r")
+    classes = np.unique(labels)[:10]
+    digits = np.zeros((len(classes), 2, SIDE, 10, SIDE), np.float32)
+    for (above, below), label in zip(digits, classes):
+        x, mu_x = (part[labels == label][:10] for part in (images, mu))
+        above[:, : len(x)] = x.swapaxes(0, 1) / 255
+        below[:, : len(x)] = model.decode(mu_x, sess).swapaxes(0, 1)
+    sheet.imshow(digits.reshape(-1, 10 * SIDE), cmap="Greys_r")
     title = f"Images over reconstructions:\nRecLoss {means['RecLoss']:.2f}"
     sheet.set(title=title, ylabel="digit", xticks=[], anchor="N")
-    sheet.set_yticks(np.arange(SIDE, len(digits), 2 * SIDE) - 0.5, classes)
+    sheet.set_yticks(np.arange(len(classes)) * 2 * SIDE + SIDE - 0.5, classes)
     iterations, kld, rec_loss = np.transpose(run.log)
     last = f"KLD {kld[-1]:.2f}, RecLoss {rec_loss[-1]:.2f}"
     losses.set(title=f"One batch in iteration {iterations[-1]:,.0f}: {last}")
@@ -664,19 +643,37 @@ def draw_report(model, sess, test, run, means, path):
 
 def report(model, sess, test, run):
     """Print what `evaluate` measures on the test set, save it as metrics.json, draw report.png."""
-    count = f"{len(test[0]):,} test images"
-    live_line(f"Measuring {count}")
-    figures = evaluate(model, sess, test[0])
-    say(f"On {count}, nats an image (standard error):")
+    print(f"On {len(test[0]):,} test images, nats an image (standard error):")
     means, metrics = {}, {}
-    for name, values in figures.items():
+    for name, values in evaluate(model, sess, test[0]).items():
         mean, error = np.mean(values), np.std(values) / len(values) ** 0.5
         means[name], metrics[name] = mean, {"mean": mean, "standard_error": error}
-        say(f"{name:10} {mean:8.2f} ({error:.2f})")
+        print(f"{name:10} {mean:8.2f} ({error:.2f})")
     content = {"settings": run.settings, "iteration": run.iteration, "metrics": metrics}
     write_file(run.directory / "metrics.json", (json.dumps(content, indent=2) + "\n").encode())
-    draw_report(model, sess, test, run, means, run.directory / "report.png")
-    say(f"These figures are in metrics.json, pictures to them in {run.directory / 'report.png'}")
+    picture = run.directory / "report.png"
+    draw_report(model, sess, test, run, means, picture)
+    print(f"These figures are in metrics.json, pictures to them in {picture}")
+
+
+def explore(model, sess, test, run):
+    """Write explore.html, the frame in data/ with a run's numbers; return its path, or None."""
+    frame, page = HERE / "data" / "explore.html", run.directory / "explore.html"
+    if not frame.exists():  # the module stands alone
+        return None
+    images, labels = (part[:10000] for part in test)
+    shown = np.concatenate([np.flatnonzero(labels == n)[:2] for n in np.unique(labels)[:10]])
+    grid = np.linspace(-3, 3, 101)
+    z = np.stack(np.meshgrid(grid, grid[::-1]), axis=-1).reshape(-1, LATENT)
+    _, of_codes = features(model, sess, scale(images[shown]))
+    numbers = run.settings | {"iterations": run.iteration, "colours": COLOURS}
+    numbers |= {"labels": labels.tolist(), "shown": labels[shown].tolist(), "images": images[shown]}
+    numbers |= {"codes": model.encode(scale(images), sess)[0]}
+    numbers |= {"offset": sess.run(of_codes[:, -1], {model.z: z})}
+    numbers |= {"variables": sess.run(tf.trainable_variables())}
+    text = json.dumps(numbers, default=lambda array: b64encode(array.tobytes()).decode())
+    write_file(page, frame.read_bytes().replace(b">null<", f">{text}<".encode()))
+    return page
 
 
 # -------------------------------------------------------------------------------- command line
@@ -735,26 +732,27 @@ def work(args, run, x_train, test):
         else:
             sess.run(tf.global_variables_initializer())
             if run.stale and not args.overwrite:
-                say(f"Replacing the finished run in {run.directory}")
-        with stop_signals() as stopped:
+                print(f"Replacing the finished run in {run.directory}")
+        with ExitStack() as training:
+            stopped = stop_signals(training)
             train(model, sess, x_train, run, args.log_every, args.checkpoint_every, stopped)
         if stopped:
-            live_line()
             text = f"{signal.Signals(stopped[0]).name} after {run.iteration} of {run.iterations}"
             text = f"Stopped by {text} iterations; go on with the same options and --resume"
             print(text, file=sys.stderr)
             return 128 + stopped[0]
         display_manifold(model, sess, run.directory / "latent.png", args.show)
-        say(f"The manifold of the latent codes is in {run.directory / 'latent.png'}")
+        where = f"The manifold of the latent codes is in {run.directory / 'latent.png'}"
+        page = explore(model, sess, test, run)
+        print(f"{where}; move through it in {page}" if page else where)
         if args.report:
             report(model, sess, test, run)
     return 0
 
 
 def main(argv=None):
-    """Train on MNIST as the command line says and draw the manifold.
+    """Do what the command line says; return 0, or 128 plus the number of a signal that stopped it.
 
-    Returns the exit status: 0, or 128 plus the number of the signal that stopped the program.
     Raises SystemExit: with status 2 for wrong options, data or checkpoint, 1 after a fault.
     """
     parser, args = parse_arguments(argv)
@@ -772,7 +770,6 @@ def main(argv=None):
         except (OSError, MemoryError, FloatingPointError, tf.errors.OpError) as error:
             if isinstance(error, MemoryError):
                 error = f"no memory for batches of {args.batch_size} images: {error}"
-            live_line()
             parser.exit(1, f"{parser.prog}: error: {one_line(error)}\n")
 
 

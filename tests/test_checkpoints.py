@@ -61,9 +61,9 @@ def spare(name):
 
 
 def assert_same_run(output, expected):
-    """Every variable, the log and the picture are the same bytes, and no stray file is left."""
+    """Every variable, log, picture and page are the same bytes, and no stray file is left."""
     assert variables(output) == variables(expected)
-    for name in ("log.csv", "latent.png"):
+    for name in ("log.csv", "latent.png", "explore.html"):
         assert (output / name).read_bytes() == (expected / name).read_bytes()
     slots = {f"vae_mnist-{slot}.{end}" for slot in "ab" for end in ("index", DATA)}
     assert {p for p in content(output) if p.name not in slots} == {
@@ -256,8 +256,9 @@ def test_pictures_and_figures_go_with_the_checkpoint_that_they_show(run_folder, 
     drawn = [run_folder / name for name in vae_mnist.DRAWN]
     for path in drawn:
         path.write_text("of the finished run")
-    assert main(run_folder, "--resume") == 0  # as it is: only the picture is drawn again
-    assert [path.read_bytes() == b"of the finished run" for path in drawn] == [False, True, True]
+    assert main(run_folder, "--resume") == 0  # as it is: picture and page are drawn again
+    of_finished = [path.read_bytes() == b"of the finished run" for path in drawn]
+    assert of_finished == [False, False, True, True]
     die(2, run_folder, monkeypatch, "--seed", "1")  # before the new run's first checkpoint
     assert all(path.exists() for path in drawn)
     die(4, run_folder, monkeypatch, "--seed", "1")  # after it
@@ -330,7 +331,7 @@ def test_run_of_an_older_version_goes_on(unfinished, finished):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["log.csv", "latent.png", "checkpoint/run.json"])
+@pytest.mark.parametrize("name", ["log.csv", "latent.png", "explore.html", "checkpoint/run.json"])
 def test_disk_that_fills_while_a_file_is_written_is_named(name, run_folder, finished, capsys):
     """The file that is written first, under another name, leads to a device that is full."""
     older = (run_folder / name).read_bytes()
@@ -340,7 +341,7 @@ def test_disk_that_fills_while_a_file_is_written_is_named(name, run_folder, fini
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and str(run_folder / name) in err and "No space left" in err
     assert not temporary.is_symlink()
-    if name != "latent.png":  # which went with the checkpoint that it showed
+    if name not in vae_mnist.DRAWN:  # which went with the checkpoint that they showed
         assert (run_folder / name).read_bytes() == older
     assert main(run_folder, "--resume", "--iterations", "9") == 0
     assert len((run_folder / "log.csv").read_text().splitlines()) == 6

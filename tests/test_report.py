@@ -232,13 +232,15 @@ def test_signal_while_measuring_ends_the_program_and_loses_nothing(number, tmp_p
         process.send_signal(number)
         err = process.stderr.read()
     assert process.returncode == -number and not err  # as it ends any other program
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint", "latent.png", "log.csv"]
+    names = ["checkpoint", "explore.html", "latent.png", "log.csv"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == names
     assert vae_mnist.read_run(tmp_path / "checkpoint").iteration == 6
 
 
 def test_no_report_without_the_option(tmp_path):
     assert vae_mnist.main([*SHORT, "--output-dir", str(tmp_path)]) == 0
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint", "latent.png", "log.csv"]
+    names = ["checkpoint", "explore.html", "latent.png", "log.csv"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == names
 
 
 def test_report_that_cannot_be_written_is_one_line_and_leaves_the_older_one(
