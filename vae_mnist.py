@@ -212,9 +212,7 @@ class VAE:
         Other programs use it without this module. Raises FileExistsError if the directory exists.
         """
         if os.path.exists(directory):
-            raise FileExistsError(
-                f"{directory}: expected the name of a new directory, got an old one"
-            )
+            raise FileExistsError(f"{directory}: there already; expected a new directory's name")
         verbosity = tf.logging.get_verbosity()
         tf.logging.set_verbosity(tf.logging.ERROR)  # predict_signature_def calls what is deprecated
         signature = tf.saved_model.predict_signature_def

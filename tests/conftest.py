@@ -17,6 +17,7 @@ import tensorflow.compat.v1 as tf
 
 import vae_mnist
 
+LINEAR = {"tutorial": (3, 7, 8), "mirrored": (3, 7)}  # layers without ELU, for Reference
 SMALL_RUN = ["--iterations", "4", "--batch-size", "32", "--log-every", "2"]
 
 
@@ -34,6 +35,17 @@ def built(**settings):
 def mnist():
     """The real data set, as load_mnist returns it."""
     return vae_mnist.load_mnist()
+
+
+@pytest.fixture(scope="session")
+def trained_runs(tmp_path_factory):
+    """Output directories of both decoders; after 1,000 iterations, mirrored posteriors are narrow."""
+    directories = {}
+    for decoder, iterations in (("tutorial", "300"), ("mirrored", "1000")):
+        directories[decoder] = tmp_path_factory.mktemp(decoder)
+        options = ["--decoder", decoder, "--iterations", iterations, "--learning-rate", "0.002"]
+        assert vae_mnist.main([*options, "--output-dir", str(directories[decoder])]) == 0
+    return directories
 
 
 def program(*arguments):
@@ -54,7 +66,7 @@ class Reference:
     last layer of either is linear, and so is the 4-unit one (the last but one of the decoder).
     """
 
-    def __init__(self, parameters, linear=(3, 7, 8)):
+    def __init__(self, parameters, linear=LINEAR["tutorial"]):
         self.kernels = [np.asarray(p, np.float64) for p in parameters[::2]]
         self.biases = [np.asarray(p, np.float64) for p in parameters[1::2]]
         self.linear = linear

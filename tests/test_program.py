@@ -137,18 +137,24 @@ def test_batch_beyond_memory_is_one_line(tmp_path):
 
 @pytest.mark.slow
 def test_standard_output_that_cannot_be_written_is_named(tmp_path):
-    with open("/dev/full", "w") as full:
-        process = run_program(*SMALL_RUN, "--output-dir", tmp_path, capture_output=False,
-                              stdout=full, stderr=subprocess.PIPE)  # fmt: skip
-    line = "vae_mnist.py: error: standard output: No space left on device\n"
-    assert (process.returncode, process.stderr) == (1, line)
     ours, theirs = os.pipe()
     os.close(ours)  # as `| head -n 1` does after a line
-    process = run_program(*SMALL_RUN, "--output-dir", tmp_path, capture_output=False,
-                          stdout=theirs, stderr=subprocess.PIPE)  # fmt: skip
-    os.close(theirs)
-    assert process.returncode == 1
-    assert process.stderr == "vae_mnist.py: error: standard output: Broken pipe\n"
+    full = os.open("/dev/full", os.O_WRONLY)
+    reasons = {full: "No space left on device", theirs: "Broken pipe"}
+    processes = [
+        subprocess.Popen(
+            program(*SMALL_RUN, "--output-dir", tmp_path / reason),
+            stdout=out,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for out, reason in reasons.items()
+    ]
+    for process, (out, reason) in zip(processes, reasons.items()):
+        _, err = process.communicate(timeout=120)
+        os.close(out)
+        assert process.returncode == 1
+        assert err == f"vae_mnist.py: error: standard output: {reason}\n"
 
 
 @pytest.mark.slow

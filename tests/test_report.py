@@ -4,7 +4,6 @@ import json
 import re
 import signal
 import subprocess
-import time
 from contextlib import contextmanager
 
 import matplotlib
@@ -12,14 +11,13 @@ import matplotlib.image
 import numpy as np
 import pytest
 import tensorflow.compat.v1 as tf
-from conftest import Reference, built, program
+from conftest import LINEAR, Reference, built, program
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 
 import vae_mnist
 
 SHORT = ["--iterations", "6", "--batch-size", "8", "--log-every", "2"]
-LINEAR = {"tutorial": (3, 7, 8), "mirrored": (3, 7)}
 FIGURES = ("RecLoss", "KLD", "-ELBO", "IW bound", "NLL")
 COARSE = {"reach": 5.0, "step": 0.1}  # enough for a model that is hardly trained
 
@@ -31,30 +29,18 @@ def test_set(mnist):
     return x_test[:200], y_test[:200]
 
 
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory):
-    """Checkpoints of both models; after 1,000 iterations, mirrored posteriors are narrow."""
-    directories = {}
-    for decoder, iterations in (("tutorial", "300"), ("mirrored", "1000")):
-        output = tmp_path_factory.mktemp(decoder)
-        options = ["--decoder", decoder, "--iterations", iterations, "--learning-rate", "0.002"]
-        assert vae_mnist.main([*options, "--output-dir", str(output)]) == 0
-        directories[decoder] = output / "checkpoint"
-    return directories
-
-
 @contextmanager
-def restored(checkpoint, decoder):
-    """Yield a model of a checkpoint, and its session."""
+def restored(output, decoder):
+    """Yield a model that a run in a directory has trained, and its session."""
     with built(decoder=decoder) as (model, sess):
-        model.restore(checkpoint, sess)
+        model.restore(output / "checkpoint", sess)
         yield model, sess
 
 
 @pytest.fixture
-def trained(checkpoints):
+def trained(trained_runs):
     """The mirrored one of these models, and its session."""
-    with restored(checkpoints["mirrored"], "mirrored") as (model, sess):
+    with restored(trained_runs["mirrored"], "mirrored") as (model, sess):
         yield model, sess
 
 
@@ -130,11 +116,11 @@ def test_sampled_figures_match_numpy(test_set):
 @pytest.mark.slow
 @pytest.mark.parametrize("decoder", ["tutorial", "mirrored"])
 def test_inference_gap_is_the_divergence_of_q_from_the_exact_posterior(
-    decoder, checkpoints, test_set
+    decoder, trained_runs, test_set
 ):
     """Ten images: q (log q - log p) summed over a fine grid around mu, in NumPy and float64."""
     images = test_set[0][:10]
-    with restored(checkpoints[decoder], decoder) as (model, sess):
+    with restored(trained_runs[decoder], decoder) as (model, sess):
         figures = vae_mnist.evaluate(model, sess, images)
         assert np.array_equal(figures["KL(q || p)"], figures["-ELBO"] - figures["NLL"])
         # A hundred times as many samples, for their noise to be small; no grid is needed there.
@@ -221,20 +207,23 @@ def test_report_prints_and_saves_what_it_measures(tmp_path, test_set, monkeypatc
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signal_while_measuring_ends_the_program_and_loses_nothing(number, tmp_path):
-    options = [*SHORT, "--report", "--output-dir", tmp_path]
-    how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(program(*options), **how) as process:
-        while not process.stdout.readline().startswith("The manifold"):
-            pass
-        time.sleep(0.5)
-        process.send_signal(number)
-        err = process.stderr.read()
-    assert process.returncode == -number and not err  # as it ends any other program
-    names = ["checkpoint", "explore.html", "latent.png", "log.csv"]
-    assert sorted(p.name for p in tmp_path.iterdir()) == names
-    assert vae_mnist.read_run(tmp_path / "checkpoint").iteration == 6
+def test_signal_while_measuring_ends_the_program_and_loses_nothing(tmp_path):
+    runs = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        options = [*SHORT, "--report", "--output-dir", tmp_path / number.name]
+        how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        runs.append((number, subprocess.Popen(program(*options), **how)))
+    for number, process in runs:
+        with process:
+            while not process.stdout.readline().startswith("On 10,000 test images"):
+                pass
+            process.send_signal(number)
+            err = process.stderr.read()
+        assert process.returncode == -number and not err  # as it ends any other program
+        output = tmp_path / number.name
+        names = ["checkpoint", "explore.html", "latent.png", "log.csv"]
+        assert sorted(p.name for p in output.iterdir()) == names
+        assert vae_mnist.read_run(output / "checkpoint").iteration == 6
 
 
 def test_no_report_without_the_option(tmp_path):
