@@ -179,53 +179,19 @@ class VAE:
         return sess.run(self.rec, {self.z: z}).reshape(-1, SIDE, SIDE)
 
     def restore(self, directory, sess):
-        """Load the newest checkpoint in a directory; what it lacks, as the tutorial's, starts anew.
+        """Load the newest checkpoint in a directory, such as outputs/checkpoint, into the session.
 
-        Raises ValueError if there is none, or if it is damaged or of another network.
+        What it lacks, as one of the tutorial's own program does, is initialized. Raises ValueError
+        if there is none, or if it is damaged or of another network.
         """
-        run = read_run(directory)
-        if run and (held := run.settings["decoder"]) != self.decoder:
-            raise CheckpointError(
-                f"{directory}: has the {held} decoder, not the {self.decoder} one"
-            )
-        prefix = f"{directory}/{run.model}" if run else tf.train.latest_checkpoint(directory)
-        if prefix is None:
-            raise CheckpointError(
-                f"{directory}: expected a directory with a checkpoint, found none"
-            )
-        try:
-            shapes = tf.train.load_checkpoint(prefix).get_variable_to_shape_map()
-            for name, shape in ((v.op.name, v.shape.as_list()) for v in tf.trainable_variables()):
-                if (found := shapes.get(name, "missing")) != shape:
-                    raise ValueError(f"of another network: {name} must be {shape}, is {found}")
-            sess.run(tf.global_variables_initializer())
-            saved = [v for v in tf.global_variables() if v.op.name in shapes]
-            tf.train.Saver(saved).restore(sess, prefix)
-        except (tf.errors.OpError, RuntimeError, ValueError) as error:
-            raise CheckpointError(
-                f"{prefix}: not a checkpoint to use: {one_line(error)}"
-            ) from error
+        restore_variables(self, directory, sess)
 
     def export(self, directory, sess):
         """Write a SavedModel: `encode` makes mu and log_sig_sq of x, `decode` makes rec of z.
 
         Other programs use it without this module. Raises FileExistsError if the directory exists.
         """
-        if os.path.exists(directory):
-            raise FileExistsError(f"{directory}: there already; expected a new directory's name")
-        verbosity = tf.logging.get_verbosity()
-        tf.logging.set_verbosity(tf.logging.ERROR)  # predict_signature_def calls what is deprecated
-        signature = tf.saved_model.predict_signature_def
-        encode = signature({"x": self.x}, {"mu": self.mu, "log_sig_sq": self.log_sig_sq})
-        decode = signature({"z": self.z}, {"rec": self.rec})
-        tf.logging.set_verbosity(verbosity)
-        with sess.graph.as_default(), TemporaryDirectory(dir=Path(directory).parent) as beside:
-            builder = tf.saved_model.Builder(f"{beside}/model")
-            saver = tf.train.Saver(tf.trainable_variables())
-            signatures = {"encode": encode, "decode": decode}
-            builder.add_meta_graph_and_variables(sess, ["serve"], signatures, saver=saver)
-            builder.save()
-            os.rename(f"{beside}/model", directory)
+        write_saved_model(self, directory, sess)
 
 
 # ------------------------------------------------------------------------------------- picture
@@ -410,7 +376,7 @@ def one_line(error):
     if isinstance(error, tf.errors.OpError):
         error = error.message.split("\n\t [[")[0].splitlines()[-1]  # without where in the graph
     elif isinstance(error, OSError) and error.strerror:
-        error = f"{error.filename or 'standard output'}: {error.strerror}"  # all else has a name
+        error = f"{error.filename or 'standard output'}: {error.strerror}"  # all others have one
     return " ".join(str(error).split())
 
 
@@ -529,6 +495,45 @@ def open_run(args, x_train, held):
     return run
 
 
+def restore_variables(model, directory, sess):
+    """Do what `VAE.restore` promises."""
+    run = read_run(directory)
+    if run and (held := run.settings["decoder"]) != model.decoder:
+        raise CheckpointError(f"{directory}: has the {held} decoder, not the {model.decoder} one")
+    prefix = f"{directory}/{run.model}" if run else tf.train.latest_checkpoint(directory)
+    if prefix is None:
+        raise CheckpointError(f"{directory}: expected a directory with a checkpoint, found none")
+    try:
+        shapes = tf.train.load_checkpoint(prefix).get_variable_to_shape_map()
+        for name, shape in ((v.op.name, v.shape.as_list()) for v in tf.trainable_variables()):
+            if (found := shapes.get(name, "missing")) != shape:
+                raise ValueError(f"of another network: {name} must be {shape}, is {found}")
+        sess.run(tf.global_variables_initializer())
+        saved = [v for v in tf.global_variables() if v.op.name in shapes]
+        tf.train.Saver(saved).restore(sess, prefix)
+    except (tf.errors.OpError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{prefix}: not a checkpoint to use: {one_line(error)}") from error
+
+
+def write_saved_model(model, directory, sess):
+    """Do what `VAE.export` promises."""
+    if os.path.exists(directory):
+        raise FileExistsError(f"{directory}: there already; expected the name of a new directory")
+    verbosity = tf.logging.get_verbosity()
+    tf.logging.set_verbosity(tf.logging.ERROR)  # predict_signature_def calls what is deprecated
+    signature = tf.saved_model.predict_signature_def
+    encode = signature({"x": model.x}, {"mu": model.mu, "log_sig_sq": model.log_sig_sq})
+    decode = signature({"z": model.z}, {"rec": model.rec})
+    tf.logging.set_verbosity(verbosity)
+    with sess.graph.as_default(), TemporaryDirectory(dir=Path(directory).parent) as beside:
+        builder = tf.saved_model.Builder(f"{beside}/model")
+        saver = tf.train.Saver(tf.trainable_variables())
+        signatures = {"encode": encode, "decode": decode}
+        builder.add_meta_graph_and_variables(sess, ["serve"], signatures, saver=saver)
+        builder.save()
+        os.rename(f"{beside}/model", directory)
+
+
 def check_losses(run, iteration, kld, rec_loss):
     """Raise FloatingPointError unless the losses of an iteration are finite."""
     if not np.isfinite(kld + rec_loss):
@@ -581,9 +586,7 @@ def evaluate(model, sess, images, seed=0, reach=6.0, step=0.03):
     eps = rng.standard_normal((len(x), SAMPLES, LATENT)).swapaxes(0, 1)  # (SAMPLES, N, K)
     samples = mu + np.exp(log_sig_sq / 2) * eps
     of_samples = (sess.run(of_codes, {model.z: z}) for z in samples)
-    log_joint = np.array(
-        [np.sum(of_images * of_z, axis=1, dtype=np.float64) for of_z in of_samples]
-    )
+    log_joint = np.array([np.sum(of_images * of_z, 1, np.float64) for of_z in of_samples])
     rec_loss = -np.mean(log_joint + np.sum(samples**2, axis=2) / 2, axis=0)
     log_ratio = log_joint + np.sum(eps**2 + log_sig_sq, axis=2) / 2
     iw_bound = np.log(SAMPLES) - np.logaddexp.reduce(log_ratio, axis=0)
