@@ -667,8 +667,10 @@ def explore(model, sess, test, run):
     grid = np.linspace(-3, 3, 101)
     z = np.stack(np.meshgrid(grid, grid[::-1]), axis=-1).reshape(-1, LATENT)
     _, of_codes = features(model, sess, scale(images[shown]))
-    numbers = run.settings | {"iterations": run.iteration, "colours": COLOURS}
-    numbers |= {"labels": labels.tolist(), "shown": labels[shown].tolist(), "images": images[shown]}
+    decoder, seed = run.settings["decoder"], run.settings["seed"]
+    of = f"{decoder} decoder, {run.iteration:,} iterations, seed {seed}"
+    numbers = {"decoder": decoder, "run": of, "colours": COLOURS, "labels": labels.tolist()}
+    numbers |= {"images": images[shown], "shown": labels[shown].tolist()}
     numbers |= {"codes": model.encode(scale(images), sess)[0]}
     numbers |= {"offset": sess.run(of_codes[:, -1], {model.z: z})}
     numbers |= {"variables": sess.run(tf.trainable_variables())}

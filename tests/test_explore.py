@@ -303,7 +303,7 @@ def test_page_fits_its_window(width, scheme, page):
     features = [{"name": "prefers-color-scheme", "value": scheme}]
     page.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
     page.open(width, until="vae")
-    assert "mirrored decoder, 1000 iterations, seed 0." in page.text("what")
+    assert "mirrored decoder, 1,000 iterations, seed 0." in page.text("what")
     assert page.run("return document.documentElement.scrollWidth") <= width
     script = """return ["plane", "digit", "draw", "reconstruction"].map(
         id => document.getElementById(id).getBoundingClientRect().toJSON())"""
