@@ -281,6 +281,39 @@ def jax_row():
     return median_ms(hundred, 5, 1) / 100
 
 
+def page():
+    """The page of a mirrored decoder: what takes how long in a browser, or None without one."""
+    from conftest import chromium
+
+    import vae_mnist
+
+    with tempfile.TemporaryDirectory() as directory:
+        options = ["--iterations", "100", "--decoder", "mirrored", "--output-dir", directory]
+        vae_mnist.main(options)
+        browser = chromium(f"{directory}/profile")
+        if not browser:
+            return None
+        observe = """globalThis.tasks = [0]; new PerformanceObserver(list => tasks.push(
+            ...list.getEntries().map(e => e.duration))).observe({type: "longtask"})"""
+        how = {"source": observe}
+        browser.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", how)
+        browser.get(Path(directory, "explore.html").as_uri())
+        usable = "return performance.getEntriesByType('navigation')[0].domContentLoadedEventEnd"
+        usable = browser.execute_script(usable) / 1000
+        while not browser.execute_script("return ready"):
+            time.sleep(0.01)
+        ready = browser.execute_script("return performance.now()") / 1000
+        script = """const x = vae.decode([0, 0]), start = performance.now();
+            for (let i = 0; i < 100; i++) arguments[0] ? vae.posterior(x) : vae.decode([i / 50, 0]);
+            return (performance.now() - start) / 100"""
+        decode, posterior = (browser.execute_script(script, which) for which in (0, 1))
+        browser.get(Path(directory, "explore.html").as_uri())
+        time.sleep(3)
+        longest = browser.execute_script("return Math.max(...tasks)")
+        browser.quit()
+    return [decode, posterior, usable, ready, longest]
+
+
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 SHARDS = [2**n for n in range(7) if 2**n <= CORES]
 ROWS = {
@@ -297,6 +330,7 @@ ROWS = {
     "memory": (memory, None),
     "report tutorial": (partial(report, "tutorial"), None),
     "report mirrored": (partial(report, "mirrored"), None),
+    "page": (page, "selenium"),
 }
 ONCE = ("memory", "report tutorial", "report mirrored")
 
@@ -382,6 +416,16 @@ def main():
             (f"{decoder} decoder: report / training", reporting / training, "at most 0.80"),
             (f"{decoder} decoder: peak memory, MB", peak, "at most 1000"),
         ]
+    pages = [sample for sample in values["page"] if sample]
+    goals = {
+        "page: a decode, ms": "at most 2",
+        "page: a posterior, ms": "at most 30",
+        "page: usable after, s": "at most 1",
+        "page: grid ready after, s": "at most 3",
+        "page: longest pause, ms": "at most 100",
+    }
+    for (name, goal), samples in zip(goals.items(), zip(*pages)):
+        ratios.append((name, statistics.median(samples), goal))
     for row, name in [("torch", "PyTorch"), ("torch.compile", "torch.compile"), ("jax", "JAX")]:
         if values[row][0] is not None:
             ratios.append((f"iteration / {name}", middle("project") / middle(row), "below 1"))

@@ -1,6 +1,7 @@
 """Support for the tests: a model in a session of its own, and the same model in NumPy float64."""
 
 import os
+import shutil
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -57,6 +58,33 @@ def run_program(*arguments, **how):
     """Run the program to its end as a process of its own."""
     how = {"capture_output": True, "text": True, "timeout": 120, **how}
     return subprocess.run(program(*arguments), check=False, **how)
+
+
+def chromium(profile):
+    """Return a Chromium or Chrome that finds no host, None where it or its driver is missing."""
+    from selenium import webdriver
+
+    names = ("chromium", "google-chrome", "chrome")
+    chrome = next((path for path in map(shutil.which, names) if path), None)
+    driver = shutil.which("chromedriver")
+    if not (chrome and driver):
+        return None
+    options = webdriver.ChromeOptions()
+    options.binary_location = chrome
+    for argument in (
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        "--host-resolver-rules=MAP * ~NOTFOUND",
+        f"--user-data-dir={profile}",
+    ):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    return webdriver.Chrome(options, webdriver.ChromeService(driver))
 
 
 class Reference:

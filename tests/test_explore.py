@@ -5,14 +5,12 @@ import io
 import json
 import os
 import re
-import shutil
 
 import matplotlib.image
 import numpy as np
 import pytest
 import tensorflow.compat.v1 as tf
-from conftest import LINEAR, Reference, built
-from selenium import webdriver
+from conftest import LINEAR, Reference, built, chromium
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.keys import Keys
 
@@ -26,28 +24,10 @@ STROKE += [(0.58, 0.5), (0.68, 0.62), (0.62, 0.78), (0.45, 0.85), (0.3, 0.78)]
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    """A Chromium or Chrome that finds no host, and whose driver nobody fetches."""
-    chrome = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chrome")
-    driver = shutil.which("chromedriver")
-    if not (chrome and driver):
+    browser = chromium(tmp_path_factory.mktemp("profile"))
+    if not browser:
         missing = pytest.fail if "CI" in os.environ else pytest.skip
         missing("needs Chromium or Chrome, and chromedriver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chrome
-    for argument in (
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--no-first-run",
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--disable-sync",
-        "--host-resolver-rules=MAP * ~NOTFOUND",
-        f"--user-data-dir={tmp_path_factory.mktemp('profile')}",
-    ):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    browser = webdriver.Chrome(options, webdriver.ChromeService(driver))
     yield browser
     browser.quit()
 
