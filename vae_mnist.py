@@ -214,8 +214,10 @@ def display_manifold(model, sess, path="latent.png", show=False):
     new_figure = plt.figure if show else matplotlib.figure.Figure
     fig = new_figure(figsize=(width / 100, height / 100), dpi=100)
     area = (left / width, bottom / height, n * SIDE / width, n * SIDE / height)
-    axes = fig.add_axes(area, xlabel="z[0]", ylabel="z[1]")
-    axes.imshow(figure, cmap="Greys_r", vmin=0, vmax=1, interpolation="none")
+    edges = (-0.5, n * SIDE - 0.5)
+    axes = fig.add_axes(area, facecolor="none")
+    axes.set(xlabel="z[0]", ylabel="z[1]", xlim=edges, ylim=edges[::-1])
+    fig.figimage(matplotlib.colormaps["Greys_r"](figure, bytes=True), left, bottom)  # as it is
     axes.spines[:].set_position(("outward", 3))  # on the edge they would cover pixels
     axes.spines[["top", "right"]].set_visible(False)
     coordinates = np.linspace(-2, 2, 9)
@@ -299,7 +301,7 @@ def train(model, sess, x_train, run, log_every, checkpoint_every, stopped=()):
     for i, x_batch in zip(progress(run.iteration, run.iterations), batches):
         if i % log_every == 0:
             kld, rec_loss = model.step(x_batch, sess)
-            check_losses(run, i, kld, rec_loss)
+            check_losses(i, kld, rec_loss)
             run.log.append([i, kld, rec_loss])
             print(f"Iteration {i}: KLD = {kld:f}, RecLoss = {rec_loss:f}")
         else:
@@ -307,7 +309,7 @@ def train(model, sess, x_train, run, log_every, checkpoint_every, stopped=()):
         run.iteration = i + 1
         if run.iteration % checkpoint_every == 0 or run.iteration == run.iterations or stopped:
             # The losses of the same images under the new weights show whether these are sound.
-            check_losses(run, i + 1, *sess.run([model.kld, model.rec_loss], {model.x: x_batch}))
+            check_losses(i + 1, *sess.run([model.kld, model.rec_loss], {model.x: x_batch}))
             run.save(model, sess)
             if stopped:  # asked here alone, so that nothing stops between a check and the save
                 break
@@ -534,12 +536,11 @@ def write_saved_model(model, directory, sess):
         os.rename(f"{beside}/model", directory)
 
 
-def check_losses(run, iteration, kld, rec_loss):
+def check_losses(iteration, kld, rec_loss):
     """Raise FloatingPointError unless the losses of an iteration are finite."""
     if not np.isfinite(kld + rec_loss):
         losses = f"iteration {iteration}: KLD = {kld:f}, RecLoss = {rec_loss:f}"
-        lower = f"a lower --learning-rate than {run.settings['learning_rate']}"
-        raise FloatingPointError(f"{losses}, so training stopped; try {lower}")
+        raise FloatingPointError(f"{losses}, so training stopped; try a lower --learning-rate")
 
 
 # ----------------------------------------------------------------------------- report and page
@@ -583,13 +584,13 @@ def evaluate(model, sess, images, seed=0, reach=6.0, step=0.03):
         log_sum = tf.concat([tf.reduce_logsumexp(part, axis=1) for part in joint], axis=0)
     mu, log_sig_sq = np.asarray(model.encode(x, sess), np.float64)
     kld = 0.5 * np.sum(np.exp(log_sig_sq) - log_sig_sq + mu**2 - 1, axis=1)
-    eps = rng.standard_normal((len(x), SAMPLES, LATENT)).swapaxes(0, 1)  # (SAMPLES, N, K)
-    samples = mu + np.exp(log_sig_sq / 2) * eps
-    of_samples = (sess.run(of_codes, {model.z: z}) for z in samples)
-    log_joint = np.array([np.sum(of_images * of_z, 1, np.float64) for of_z in of_samples])
-    rec_loss = -np.mean(log_joint + np.sum(samples**2, axis=2) / 2, axis=0)
-    log_ratio = log_joint + np.sum(eps**2 + log_sig_sq, axis=2) / 2
-    iw_bound = np.log(SAMPLES) - np.logaddexp.reduce(log_ratio, axis=0)
+    rec_loss, log_ratios = np.zeros(len(x)), []
+    for eps in rng.standard_normal((len(x), SAMPLES, LATENT)).swapaxes(0, 1):  # (N, K) each
+        z = mu + np.exp(log_sig_sq / 2) * eps
+        log_joint = np.sum(of_images * sess.run(of_codes, {model.z: z}), 1, np.float64)
+        rec_loss -= (log_joint + np.sum(z**2, axis=1) / 2) / SAMPLES
+        log_ratios.append(log_joint + np.sum(eps**2 + log_sig_sq, axis=1) / 2)
+    iw_bound = np.log(SAMPLES) - np.logaddexp.reduce(log_ratios)
 
     grid = np.linspace(-reach, reach, round(2 * reach / step) + 1)
     codes = np.stack(np.meshgrid(grid, grid), axis=-1).reshape(-1, LATENT)
@@ -602,8 +603,8 @@ def evaluate(model, sess, images, seed=0, reach=6.0, step=0.03):
 
 
 @matplotlib.style.context("default")
-def draw_report(model, sess, test, run, means, path):
-    """Draw codes and reconstructions of the test set and the losses of the run into a PNG file."""
+def draw_report(model, sess, test, run, means):
+    """Draw codes and reconstructions of the test set and the losses of the run: report.png."""
     images, labels = test
     fig = matplotlib.figure.Figure(figsize=(9, 8.8), dpi=150, layout="constrained")
     of = f"{run.settings['decoder']} decoder, seed {run.settings['seed']}"
@@ -639,7 +640,7 @@ def draw_report(model, sess, test, run, means, path):
         settled = values[len(values) // 20 :]  # the first ones would squeeze the rest into a line
         margin = 0.1 * np.ptp(settled) + 0.01
         axes.set_ylim(min(settled) - margin, max(settled) + margin)
-    write_file(path, fig)
+    write_file(run.directory / "report.png", fig)
 
 
 def report(model, sess, test, run):
@@ -652,9 +653,8 @@ def report(model, sess, test, run):
         print(f"{name:10} {mean:8.2f} ({error:.2f})")
     content = {"settings": run.settings, "iteration": run.iteration, "metrics": metrics}
     write_file(run.directory / "metrics.json", (json.dumps(content, indent=2) + "\n").encode())
-    picture = run.directory / "report.png"
-    draw_report(model, sess, test, run, means, picture)
-    print(f"These figures are in metrics.json, pictures to them in {picture}")
+    draw_report(model, sess, test, run, means)
+    print(f"These figures are in metrics.json, pictures to them in {run.directory / 'report.png'}")
 
 
 def explore(model, sess, test, run):
@@ -664,16 +664,16 @@ def explore(model, sess, test, run):
         return None
     images, labels = (part[:10000] for part in test)
     shown = np.concatenate([np.flatnonzero(labels == n)[:2] for n in np.unique(labels)[:10]])
+    codes = [model.encode(scale(part), sess)[0] for part in np.array_split(images, 100)]
     grid = np.linspace(-3, 3, 101)
-    z = np.stack(np.meshgrid(grid, grid[::-1]), axis=-1).reshape(-1, LATENT)
-    _, of_codes = features(model, sess, scale(images[shown]))
+    rows = np.stack(np.meshgrid(grid, grid[::-1]), axis=-1)  # one at a time takes little memory
+    offset = features(model, sess, scale(images[shown]))[1][:, -1]  # -z^2 / 2 - sum softplus
+    offsets = [sess.run(offset, {model.z: z}) for z in rows]
     decoder, seed = run.settings["decoder"], run.settings["seed"]
     of = f"{decoder} decoder, {run.iteration:,} iterations, seed {seed}"
-    numbers = {"decoder": decoder, "run": of, "colours": COLOURS, "labels": labels.tolist()}
-    numbers |= {"images": images[shown], "shown": labels[shown].tolist()}
-    numbers |= {"codes": model.encode(scale(images), sess)[0]}
-    numbers |= {"offset": sess.run(of_codes[:, -1], {model.z: z})}
-    numbers |= {"variables": sess.run(tf.trainable_variables())}
+    numbers = {"decoder": decoder, "run": of, "codes": np.concatenate(codes), "colours": COLOURS}
+    numbers |= {"labels": labels.tolist(), "shown": labels[shown].tolist(), "images": images[shown]}
+    numbers |= {"offset": np.concatenate(offsets), "variables": sess.run(tf.trainable_variables())}
     text = json.dumps(numbers, default=lambda array: b64encode(array.tobytes()).decode())
     write_file(page, frame.read_bytes().replace(b">null<", f">{text}<".encode()))
     return page

@@ -272,6 +272,18 @@ def test_both_backgrounds_show_what_they_say(page, mnist):
         if alone and np.all((place > 0) & (place < 840)):
             found.append(np.array_equal(plane[int(place[1]), int(place[0]), :3], colour))
     assert len(found) > 500 and np.mean(found) > 0.9  # some lie beneath a line
+    around = np.linspace(0, 2 * np.pi, 720)
+    circle = np.stack([np.cos(around), np.sin(around)], axis=1)
+    square = circle / np.abs(circle).max(axis=1, keepdims=True)
+    for line, dashed in (
+        (circle, True),
+        (2 * circle, True),
+        (2 * square, True),
+        (1.5 * circle, False),
+    ):
+        columns, rows = np.floor(140 * (line + 3)).astype(int).T
+        dark = plane[rows, columns, :3].max(axis=1) < 80  # one and two sigma, and latent.png's edge
+        assert np.mean(dark) > 0.3 if dashed else np.mean(dark) < 0.1
     page.browser.find_element("css selector", "[value=manifold]").click()
     assert not page.element("legend").is_displayed()
 

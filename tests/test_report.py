@@ -264,7 +264,7 @@ def drawn(monkeypatch, tmp_path):
         settings = {"decoder": "tutorial", "seed": 7, **(settings or {})}
         run = vae_mnist.Run(tmp_path, settings, 5000, 5000, log)
         means = {"NLL": 164.95, "KLD": 4.87, "RecLoss": 161.23}
-        vae_mnist.draw_report(model, sess, test, run, means, tmp_path / "report.png")
+        vae_mnist.draw_report(model, sess, test, run, means)
         fig = written[-1]
         return fig, dict(zip(("codes", "sheet", "rec_loss", "kld"), fig.axes, strict=True))
 
