@@ -11,7 +11,8 @@ are trained on KLD + RecLoss, the negative evidence lower bound on log p(x), in 
     python vae_mnist.py --help     # all options and their defaults
 
 It writes latent.png, explore.html, log.csv and checkpoint/. The method is all above the line
-"beyond the tutorial"; below is what keeps runs whole. The tutorial's main block became `work`.
+"beyond the tutorial"; what keeps, measures and shows a run is below. The tutorial's main block
+became `work`.
 
 Source: Nate Merrill, "Implementing an MNIST Variational Autoencoder in TensorFlow", 2019.
 Method: Kingma and Welling, "Auto-Encoding Variational Bayes", arXiv:1312.6114.
@@ -311,7 +312,7 @@ def train(model, sess, x_train, run, log_every, checkpoint_every, stopped=()):
             # The losses of the same images under the new weights show whether these are sound.
             check_losses(i + 1, *sess.run([model.kld, model.rec_loss], {model.x: x_batch}))
             run.save(model, sess)
-            if stopped:  # asked here alone, so that nothing stops between a check and the save
+            if stopped:  # perhaps during the save: nothing was trained since
                 break
 
 
@@ -399,7 +400,7 @@ def write_file(path, content):
 
 # ---------------------------------------------------------------------------------------- runs
 SETTINGS = ("decoder", "seed", "batch_size", "learning_rate", "shards")  # that decide each bit
-DRAWN = ("latent.png", "explore.html", "metrics.json", "report.png")  # of the newest checkpoint
+RESULTS = ("latent.png", "explore.html", "metrics.json", "report.png")  # of the newest checkpoint
 
 
 class CheckpointError(ValueError):
@@ -416,7 +417,7 @@ class Run:
     iteration: int = 0  # made
     log: list = field(default_factory=list)  # [[iteration, kld, rec_loss], ...]
     model: str = ""  # the name of the newest checkpoint in the directory
-    stale: bool = False  # whether DRAWN may be there, of weights that the next save replaces
+    stale: bool = False  # whether RESULTS may be there, of weights that the next save replaces
 
     def save(self, model, sess):
         """Save the variables, the record of the run, its log, and what latest_checkpoint reads.
@@ -433,8 +434,8 @@ class Run:
         self.model = name
         self.write_record()
         if self.stale:
-            for picture in DRAWN:
-                (self.directory / picture).unlink(missing_ok=True)
+            for result in RESULTS:
+                (self.directory / result).unlink(missing_ok=True)
             self.stale = False
             self.write_record()
         lines = "".join(f"{i},{kld!r},{rec_loss!r}\n" for i, kld, rec_loss in self.log)
@@ -550,19 +551,16 @@ COLOURS = ["#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6",
            "#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd"]  # fmt: skip
 
 
-def features(model, sess, x):
-    """Return features of images x, an array (B, units + 2), and a tensor of features of codes.
+def code_features(model):
+    """Return features of codes z: h(z), 1 and -z^2 / 2 - sum softplus(logits), (B, units + 2).
 
-    Their product is log p(x | z) - z^2 / 2. The last layer is logits = h W + b, so log p(x | z) =
-    x . logits - sum softplus(logits) = (x W^T) . h + x . b - sum softplus(logits).
+    The last layer is logits = h W + b, so log p(x | z) = x . logits - sum softplus(logits) =
+    (x W^T) . h + x . b - sum softplus(logits): a product with features of x, but for -z^2 / 2.
     """
-    kernel, bias = sess.run(tf.trainable_variables()[-2:])
-    of_images = np.column_stack([x @ kernel.T, x @ bias, np.ones(len(x), np.float32)])
     hidden = tf.concat(model.hidden, axis=0)
     normalizer = [tf.reduce_sum(tf.nn.softplus(shard), axis=1) for shard in model.logits]
     offset = -tf.concat(normalizer, axis=0) - tf.reduce_sum(tf.square(model.z), axis=1) / 2
-    of_codes = tf.concat([hidden, tf.ones_like(offset)[:, None], offset[:, None]], axis=1)
-    return of_images, of_codes
+    return tf.concat([hidden, tf.ones_like(offset)[:, None], offset[:, None]], axis=1)
 
 
 def evaluate(model, sess, images, seed=0, reach=6.0, step=0.03):
@@ -578,7 +576,9 @@ def evaluate(model, sess, images, seed=0, reach=6.0, step=0.03):
     """
     rng, x = np.random.default_rng(seed), scale(images)
     with sess.graph.as_default():
-        of_images, of_codes = features(model, sess, x)
+        kernel, bias = sess.run(tf.trainable_variables()[-2:])
+        of_images = np.column_stack([x @ kernel.T, x @ bias, np.ones(len(x), np.float32)])
+        of_codes = code_features(model)
         fed = tf.placeholder(tf.float32, of_images.shape)
         joint = [tf.matmul(part, of_codes, transpose_b=True) for part in split(fed, model.shards)]
         log_sum = tf.concat([tf.reduce_logsumexp(part, axis=1) for part in joint], axis=0)
@@ -625,7 +625,7 @@ def draw_report(model, sess, test, run, means):
         x, mu_x = (part[labels == label][:10] for part in (images, mu))
         above[:, : len(x)] = x.swapaxes(0, 1) / 255
         below[:, : len(x)] = model.decode(mu_x, sess).swapaxes(0, 1)
-    sheet.imshow(digits.reshape(-1, 10 * SIDE), cmap="Greys_r")
+    sheet.imshow(digits.reshape(-1, 10 * SIDE), cmap="Greys_r", vmin=0, vmax=1)
     title = f"Images over reconstructions:\nRecLoss {means['RecLoss']:.2f}"
     sheet.set(title=title, ylabel="digit", xticks=[], anchor="N")
     sheet.set_yticks(np.arange(len(classes)) * 2 * SIDE + SIDE - 0.5, classes)
@@ -667,7 +667,7 @@ def explore(model, sess, test, run):
     codes = [model.encode(scale(part), sess)[0] for part in np.array_split(images, 100)]
     grid = np.linspace(-3, 3, 101)
     rows = np.stack(np.meshgrid(grid, grid[::-1]), axis=-1)  # one at a time takes little memory
-    offset = features(model, sess, scale(images[shown]))[1][:, -1]  # -z^2 / 2 - sum softplus
+    offset = code_features(model)[:, -1]
     offsets = [sess.run(offset, {model.z: z}) for z in rows]
     decoder, seed = run.settings["decoder"], run.settings["seed"]
     of = f"{decoder} decoder, {run.iteration:,} iterations, seed {seed}"

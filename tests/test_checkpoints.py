@@ -262,7 +262,7 @@ def test_files_of_a_finished_run_stay_until_the_new_ones_are_complete(
 
 @pytest.mark.slow
 def test_pictures_and_figures_go_with_the_checkpoint_that_they_show(run_folder, monkeypatch):
-    drawn = [run_folder / name for name in vae_mnist.DRAWN]
+    drawn = [run_folder / name for name in vae_mnist.RESULTS]
     for path in drawn:
         path.write_text("of the finished run")
     assert main(run_folder, "--resume") == 0  # as it is: picture and page are drawn again
@@ -350,7 +350,7 @@ def test_disk_that_fills_while_a_file_is_written_is_named(name, run_folder, fini
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and str(run_folder / name) in err and "No space left" in err
     assert not temporary.is_symlink()
-    if name not in vae_mnist.DRAWN:  # which went with the checkpoint that they showed
+    if name not in vae_mnist.RESULTS:  # which went with the checkpoint that they showed
         assert (run_folder / name).read_bytes() == older
     assert main(run_folder, "--resume", "--iterations", "9") == 0
     assert len((run_folder / "log.csv").read_text().splitlines()) == 6
