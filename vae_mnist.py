@@ -1,8 +1,8 @@
 """Train the variational autoencoder of Nate Merrill's 2019 tutorial on MNIST, in graph mode.
 
-The encoder turns an image x, D = 784 pixels in [0, 1], into a Gaussian over a latent code z of
-K = 2 dimensions; the decoder turns a code into r, the probability of white for every pixel. Both
-are trained on KLD + RecLoss, the negative evidence lower bound on log p(x), in nats an image:
+The encoder turns an image x, D = 784 pixels in [0, 1], into a Gaussian over a latent code z
+of K = 2 dimensions; the decoder turns a code into r, the probability of white for each pixel.
+Both are trained on KLD + RecLoss, the negative evidence lower bound (-ELBO), in nats an image:
 
     KLD     = 1/2 sum_k (exp(log_sig_sq_k) - log_sig_sq_k + mu_k^2 - 1)             (1)
     RecLoss = -sum_d (x_d log r_d + (1 - x_d) log(1 - r_d))                         (2)
@@ -10,9 +10,16 @@ are trained on KLD + RecLoss, the negative evidence lower bound on log p(x), in 
     python vae_mnist.py            # train for 5,000 iterations, then draw outputs/latent.png
     python vae_mnist.py --help     # all options and their defaults
 
-It writes latent.png, explore.html, log.csv and checkpoint/. The method is all above the line
-"beyond the tutorial"; what keeps, measures and shows a run is below. The tutorial's main block
-became `work`.
+The method begins at `SIDE`, in the tutorial's order. A first reader may skip what follows it,
+but for `work`, near the end, which was the tutorial's main block. Sections, and public names:
+
+    model, picture, data, training    VAE, display_manifold, scale, random_batches
+    data files                        load_mnist
+    machine and messages              session
+    the run on disk                   (files written whole, checkpoints, resuming)
+    a trained model                   restore, trained, export
+    what it has learnt                evaluate (and the page explore.html, the report)
+    command line                      main
 
 Source: Nate Merrill, "Implementing an MNIST Variational Autoencoder in TensorFlow", 2019.
 Method: Kingma and Welling, "Auto-Encoding Variational Bayes", arXiv:1312.6114.
@@ -23,151 +30,220 @@ import hashlib
 import itertools
 import json
 import os
-import re
 import signal
 import sys
 import time
 from base64 import b64encode
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-if __name__ == "__main__":
-    # What TensorFlow's C++ code says while it loads goes nowhere; Python's errors still arrive.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C needs no traceback
-    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace")
-    if sys.stdout:
-        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
-import matplotlib.figure
-import matplotlib.style
-import numpy as np
-import tensorflow.compat.v1 as tf
+@contextmanager
+def quiet():
+    """Hide what TensorFlow's C++ code says while it loads; errors of Python's are still seen."""
+    if sys.stderr is None:  # closed, as by 2>&-
+        os.open(os.devnull, os.O_WRONLY)  # gets its number, 2, before another file does
+    stderr = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
+    try:
+        yield
+    except KeyboardInterrupt:  # Ctrl-C needs no traceback
+        sys.exit(128 + signal.SIGINT)
+    finally:
+        del os.environ["TF_CPP_MIN_LOG_LEVEL"]
+        os.dup2(stderr, 2)
+        os.close(stderr)
 
-if __name__ == "__main__":
-    tf.config.list_physical_devices("GPU")  # where there is none, it complains, once a process
-    os.dup2(sys.stderr.fileno(), 2)
+
+# Loading the packages without their noise. The program itself begins at SIDE.
+is_quiet = __name__ == "__main__" and "TF_CPP_MIN_LOG_LEVEL" not in os.environ
+with quiet() if is_quiet else nullcontext():
+    backend = None
+    if "matplotlib" not in sys.modules:
+        backend = os.environ.pop("MPLBACKEND", None)  # may name a notebook's, unknown here
+    import matplotlib.figure
+    import matplotlib.style
+    import numpy as np
+    import tensorflow.compat.v1 as tf
+
+    if backend is not None:
+        os.environ["MPLBACKEND"] = backend
+        with suppress(ValueError):  # then matplotlib chooses one
+            matplotlib.rcParams["backend"] = backend
+    if is_quiet:
+        tf.config.list_physical_devices("GPU")  # complains once, where there is none
 
 SIDE = 28  # pixels along an edge of an image
-PIXELS = SIDE**2  # D
+PIXELS = SIDE * SIDE  # D
 LATENT = 2  # K; the picture and the report need the codes to lie in a plane
-DECODERS = {"tutorial": [256, 128, 64], "mirrored": [64, 128, 256]}  # units of the ELU layers
+# Units of the layers with ELU, and of the linear ones after them.
+ENCODER = ([256, 128, 64], [2 * LATENT])
+DECODERS = {"tutorial": ([256, 128, 64], [4, PIXELS]), "mirrored": ([64, 128, 256], [PIXELS])}
+SHARDS = 2  # parts of a batch that are computed side by side
 ITERATIONS = 5000  # a bit over 21 passes over the 60,000 images
 BATCH_SIZE = 256  # images an iteration
 LEARNING_RATE = 0.001  # Adam's own default
+DATA = "data/mnist.npz"  # beside this file
 LOG_EVERY = 100  # iterations from one log line to the next
-CHECKPOINT_EVERY = 500  # iterations, a bit over a second of training
-HERE = Path(__file__).resolve().parent
+CHECKPOINT_EVERY = 500  # iterations, about a second of training
+HERE = Path(globals().get("__file__", "cell")).resolve().parent  # a cell's: where it runs
 
 
-# --------------------------------------------------------------------------------------- model
+# ---------------------------------------------------------------------------------- model
 def split(batch, shards):
-    """Split a batch into a list of shards, which are computed side by side, a thread each."""
-    return tf.split(batch, [tf.shape(batch)[0] // shards] * (shards - 1) + [-1])
+    """Split a batch into a list of shards: parts that are computed side by side, a thread each.
+
+    A second thread makes products this small no faster, but two halves of a batch at the same
+    time take a third less. From here on, `..._shards` is a list with a tensor for each.
+    """
+    size = tf.shape(batch)[0] // shards
+    return tf.split(batch, [size] * (shards - 1) + [-1])
 
 
-def dense(fc, units, activation=None):
+def dense(fc_shards, units, layers, activation=None):
     """Apply a fully connected layer to every shard, as `tf.layers.dense` did to a batch.
 
-    Its variables have the same names (`dense/kernel`, `dense/bias`, `dense_1/kernel`, ...).
+    Its variables are named as there (dense/kernel, dense/bias, dense_1/kernel, ...), and
+    appended to the list `layers`.
     """
+    op_seed = 2 * len(layers)  # another for each layer; the graph's seed is the other part
+    glorot = tf.glorot_uniform_initializer(op_seed)
     with tf.variable_scope(None, default_name="dense"):
-        op_seed = len(tf.trainable_variables())  # with the graph's seed, it decides the weights
-        kernel = tf.get_variable(
-            "kernel", [fc[0].shape[1], units], initializer=tf.glorot_uniform_initializer(op_seed)
-        ).value()  # read once, for all the shards
-        bias = tf.get_variable("bias", [units], initializer=tf.zeros_initializer()).value()
-        fc = [tf.nn.bias_add(tf.matmul(shard, kernel), bias) for shard in fc]
-        return [activation(shard) for shard in fc] if activation else fc
+        kernel = tf.get_variable("kernel", [fc_shards[0].shape[1], units], initializer=glorot)
+        bias = tf.get_variable("bias", [units], initializer=tf.zeros_initializer())
+        layers.append({"kernel": kernel, "bias": bias, "elu": activation is tf.nn.elu})
+        weights = kernel.value()  # read once, for all the shards
+        offsets = bias.value()
+        fc_shards = [tf.nn.bias_add(tf.matmul(fc, weights), offsets) for fc in fc_shards]
+        if activation is None:
+            return fc_shards
+        return [activation(fc) for fc in fc_shards]
+
+
+def network(fc_shards, sizes, layers):
+    """Apply the layers of `sizes`, which is ENCODER or one of DECODERS."""
+    elu_units, linear_units = sizes
+    for n in elu_units:
+        fc_shards = dense(fc_shards, units=n, layers=layers, activation=tf.nn.elu)
+    for n in linear_units:
+        fc_shards = dense(fc_shards, units=n, layers=layers)
+    return fc_shards
+
+
+def cross_entropy(x, logits):
+    """Return equation (2) for r = sigmoid(logits), (B, D), image by image: (B,).
+
+    As softplus(logits) - x logits it stays finite where r rounds to 0 or 1, and its derivative
+    does not vanish there, as that of a clipped logarithm does.
+    """
+    return tf.reduce_sum(tf.nn.softplus(logits) - x * logits, axis=1)
 
 
 @tf.custom_gradient
-def cross_entropy(x, logits):
-    """Return equation (2) for r = sigmoid(logits), (B, D), summed over the batch, and its gradient.
+def total_cross_entropy(x, logits):
+    """Return equation (2) summed over a batch, with a gradient of our own, for speed alone.
 
-    As softplus(logits) - x logits it stays finite where r rounds to 0 or 1, and its derivative
-    r - x does not vanish there, as that of a clipped logarithm does.
+    TensorFlow's gradient of a sum needs the shape of what was summed, so each update would
+    compute the losses, though nobody asks for them. With ours it takes a third less time.
     """
-    loss = tf.reduce_sum(tf.nn.softplus(logits) - x * logits)
-    return loss, lambda upstream: (-upstream * logits, upstream * (tf.sigmoid(logits) - x))
+
+    def gradient(upstream):  # in x, and in the logits, where it is r - x
+        return -upstream * logits, upstream * (tf.sigmoid(logits) - x)
+
+    return tf.reduce_sum(cross_entropy(x, logits)), gradient
+
+
+def named_variables(layers, adam, iteration):
+    """Return variables by their names in checkpoints, those of the first model in a graph."""
+    beta1_power, beta2_power = [v for v in adam.variables() if v.shape.rank == 0]
+    named = {"global_step": iteration, "beta1_power": beta1_power, "beta2_power": beta2_power}
+    for i, layer in enumerate(layers):
+        scope = "dense" if i == 0 else f"dense_{i}"
+        for part in ("kernel", "bias"):
+            named[f"{scope}/{part}"] = layer[part]
+            named[f"{scope}/{part}/Adam"] = adam.get_slot(layer[part], "m")
+            named[f"{scope}/{part}/Adam_1"] = adam.get_slot(layer[part], "v")
+    return named
 
 
 class VAE:
     """The tutorial's variational autoencoder, built in the current default graph.
 
-    Its tensors are attributes: `x`, `mu`, `log_sig_sq`, `eps`, `z` and `rec` have a row for each
-    image; `kld`, `rec_loss` and their sum `loss` are averages over the batch, in nats an image.
-    `opt` is one update by Adam, which also counts `iteration` up.
+    Its tensors are attributes: `x`, `mu`, `log_sig_sq`, `eps`, `z`, `logits` and `rec` have one
+    row for each image, `rec_losses` and `klds` have one number; `rec_loss`, `kld` and their sum
+    `loss` are means over the batch, all in nats an image. `opt` is one update by Adam.
 
-    `learning_rate` is Adam's. `seed` decides the first weights and, with the number of updates, the
-    noise eps. `shards`, parts of a batch that are computed side by side, change a result by
-    rounding alone. `decoder` is "tutorial", as in its listing, or "mirrored", as in its text.
+    `seed` decides the first weights and, with the number of updates, the noise eps. `shards`
+    changes a result by rounding alone. `decoder` is "tutorial", as in its listing, or
+    "mirrored", as in its text; another one raises ValueError.
     """
 
-    def __init__(self, learning_rate=LEARNING_RATE, seed=0, shards=None, decoder="tutorial"):
+    def __init__(self, learning_rate=LEARNING_RATE, seed=0, shards=SHARDS, decoder="tutorial"):
         if decoder not in DECODERS:
             raise ValueError(f"decoder must be one of {', '.join(DECODERS)}, got {decoder!r}")
-        self.decoder, self.shards = decoder, shards or shard_count()
+        self.decoder = decoder
+        self.shards = shards
+        self.layers = []  # see `dense`; the encoder's come first
         tf.set_random_seed(seed)
-        self.iteration = tf.train.get_or_create_global_step()  # updates made, int64
+        self.iteration = tf.Variable(0, trainable=False, dtype=tf.int64, name="global_step")
 
         # Input data Tensor
         self.x = tf.placeholder(tf.float32, shape=[None, PIXELS], name="x")  # (B, D) in [0, 1]
         with tf.name_scope("encoder"):
             batch_size = tf.shape(self.x)[0]
-            fc = x = split(self.x, self.shards)  # lists, of a tensor for each shard
-            for n in [256, 128, 64]:
-                fc = dense(fc, units=n, activation=tf.nn.elu)
-            fc = tf.concat(dense(fc, units=2 * LATENT), axis=0)
+            x_shards = split(self.x, shards)
+            fc = tf.concat(network(x_shards, ENCODER, self.layers), axis=0)
+            self.encoder_depth = len(self.layers)
+            self.mu = fc[:, :LATENT]  # (B, K)
             # estimate log sigma^2 for numerical stability
-            mu, log_sig_sq = self.mu, self.log_sig_sq = tf.split(fc, 2, axis=1)  # (B, K) each
+            self.log_sig_sq = fc[:, LATENT:]  # (B, K)
 
         # z = mu + sigma * epsilon
         with tf.name_scope("sampler"):
             # epsilon is a sample from a N(0, 1) distribution, another one for every iteration
             self.eps = tf.random.stateless_normal([batch_size, LATENT], [seed, self.iteration])
-            noise = tf.exp(log_sig_sq / 2) * self.eps
+            noise = tf.exp(self.log_sig_sq / 2) * self.eps
         # Random normal variable for decoder :D
-        # Graph mode lets a run feed any tensor, not only placeholders: whoever feeds z overrides
-        # the sampler, and neither x nor the encoder is needed. So one graph trains and draws.
-        self.z = tf.add(mu, noise, name="z")  # (B, K)
+        # sess.run can be fed any tensor, not only placeholders: whoever feeds z overrides the
+        # sampler, and neither x nor the encoder is needed. So one graph trains and draws.
+        self.z = tf.add(self.mu, noise, name="z")  # (B, K)
 
         with tf.name_scope("decoder"):
-            fc = split(self.z, self.shards)
-            for n in DECODERS[decoder]:
-                fc = dense(fc, units=n, activation=tf.nn.elu)
-            if decoder == "tutorial":
-                fc = dense(fc, units=4)
-            logits = dense(fc, units=PIXELS)
-            self.hidden, self.logits = fc, logits  # by shards; report and page compute with them
-            fc = tf.concat(logits, axis=0)
+            logit_shards = network(split(self.z, shards), DECODERS[decoder], self.layers)
+            self.logits = tf.concat(logit_shards, axis=0)  # (B, D)
         # sigmoid bounds answer to [0,1] for images
-        self.rec = tf.sigmoid(fc, name="rec")  # (B, D)
+        self.rec = tf.sigmoid(self.logits, name="rec")  # (B, D)
 
-        with tf.name_scope("losses"):  # averages over the batch
-            images = tf.cast(batch_size, tf.float32)
-            # reconstruction loss
-            self.rec_loss = tf.add_n([cross_entropy(*pair) for pair in zip(x, logits)]) / images
+        with tf.name_scope("losses"):
+            pairs = list(zip(x_shards, logit_shards))
+            self.rec_losses = tf.concat([cross_entropy(*pair) for pair in pairs], axis=0)
+            # reconstruction loss: their mean, by way of the sum with the cheaper gradient
+            total = tf.add_n([total_cross_entropy(*pair) for pair in pairs])
+            self.rec_loss = total / tf.cast(batch_size, tf.float32)
             # KLD( (mu, sigma) , N(0,1) ) = .5 (tr(sigma2) + mu^T mu - k - log det(sigma2))
-            kld = 0.5 * tf.reduce_sum(tf.exp(log_sig_sq) + tf.square(mu) - 1.0 - log_sig_sq)
-            self.kld = kld / images
+            terms = tf.exp(self.log_sig_sq) + tf.square(self.mu) - 1.0 - self.log_sig_sq
+            self.klds = 0.5 * tf.reduce_sum(terms, axis=1)
+            self.kld = tf.reduce_mean(self.klds)
             self.loss = self.kld + self.rec_loss
 
-        adam, ungated = tf.train.AdamOptimizer(learning_rate), tf.train.Optimizer.GATE_NONE
-        with tf.name_scope("adam") as scope:
-            gradients, variables = zip(*adam.compute_gradients(self.loss, gate_gradients=ungated))
-            # The first layer's gradient comes last and its update takes longest: it starts at once.
-            # The others wait for all gradients, or they would hold up products on the way there.
-            gradients = [gradients[0], *tf.tuple(gradients)[1:]]
-        self.opt = adam.apply_gradients(zip(gradients, variables), self.iteration, name=scope)
-        self.saver = tf.train.Saver()
+        # The tutorial's text leaves out how the model is trained: by Adam as it is by default.
+        # GATE_GRAPH: no weight changes while a gradient may still read it.
+        adam = tf.train.AdamOptimizer(learning_rate)
+        self.weights = [layer[part] for layer in self.layers for part in ("kernel", "bias")]
+        with tf.name_scope("adam"):
+            self.opt = adam.minimize(
+                self.loss, self.iteration, self.weights, gate_gradients=adam.GATE_GRAPH
+            )
+        self.variables = named_variables(self.layers, adam, self.iteration)
+        self.saver = tf.train.Saver(self.variables)
 
     def step(self, batch, sess):
-        """Make one update on batch, (B, 784) in [0, 1]; return its kld, rec_loss as floats."""
+        """Make one update on batch, (B, 784) in [0, 1]; return kld, rec_loss from before it."""
+        # The tutorial calls it, but its text leaves it out.
         _, kld, rec_loss = sess.run([self.opt, self.kld, self.rec_loss], {self.x: batch})
         return float(kld), float(rec_loss)
 
@@ -176,230 +252,283 @@ class VAE:
         return sess.run([self.mu, self.log_sig_sq], {self.x: batch})
 
     def decode(self, z, sess):
-        """Return the images, float32 (B, 28, 28) in [0, 1], that the codes z, (B, 2), stand for."""
+        """Return the images, float32 (B, 28, 28) in [0, 1], that codes z, (B, 2), stand for."""
         return sess.run(self.rec, {self.z: z}).reshape(-1, SIDE, SIDE)
 
-    def restore(self, directory, sess):
-        """Load the newest checkpoint in a directory, such as outputs/checkpoint, into the session.
 
-        What it lacks, as one of the tutorial's own program does, is initialized. Raises ValueError
-        if there is none, or if it is damaged or of another network.
-        """
-        restore_variables(self, directory, sess)
-
-    def export(self, directory, sess):
-        """Write a SavedModel: `encode` makes mu and log_sig_sq of x, `decode` makes rec of z.
-
-        Other programs use it without this module. Raises FileExistsError if the directory exists.
-        """
-        write_saved_model(self, directory, sess)
-
-
-# ------------------------------------------------------------------------------------- picture
+# -------------------------------------------------------------------------------- picture
 @matplotlib.style.context("default")  # whatever the user's matplotlibrc says
-def display_manifold(model, sess, path="latent.png", show=False):
+def display_manifold(model, sess, path="latent.png"):
     """Draw 30 x 30 images, decoded over [-2, 2] in both latent dimensions, into a PNG file.
 
-    Each decoded pixel is one pixel of the file. show=True also opens a window. Returns all images
-    as one, float32 (840, 840) in [0, 1], in which z[0] grows to the right and z[1] upwards.
+    Each decoded pixel is one pixel of the file. Returns all images as one, float32 (840, 840) in
+    [0, 1], in which z[0] grows to the right and z[1] upwards.
     """
     n = 30
+    size = n * SIDE
+    figure = np.zeros((size, size), np.float32)
     grid_x = np.linspace(-2, 2, n)
-    grid_y = grid_x[::-1]
-    z = np.stack(np.meshgrid(grid_x, grid_y), axis=-1).reshape(-1, LATENT)  # (n * n, K), by rows
-    digits = model.decode(z, sess).reshape(n, n, SIDE, SIDE)
-    figure = digits.swapaxes(1, 2).reshape(n * SIDE, n * SIDE)
-    left, bottom, width, height = 70, 60, n * SIDE + 90, n * SIDE + 80  # pixels of the file
-    if show:
-        from matplotlib import pyplot as plt
-    new_figure = plt.figure if show else matplotlib.figure.Figure
-    fig = new_figure(figsize=(width / 100, height / 100), dpi=100)
-    area = (left / width, bottom / height, n * SIDE / width, n * SIDE / height)
-    edges = (-0.5, n * SIDE - 0.5)
+    grid_y = np.linspace(-2, 2, n)[::-1]
+    for i, yi in enumerate(grid_y):
+        z = [[xi, yi] for xi in grid_x]
+        figure[i * SIDE : (i + 1) * SIDE] = np.hstack(model.decode(z, sess))  # side by side
+
+    left, bottom, width, height = 70, 60, size + 90, size + 80  # pixels of the file
+    fig = matplotlib.figure.Figure(figsize=(width / 100, height / 100), dpi=100)
+    fig.figimage(matplotlib.colormaps["Greys_r"](figure, bytes=True), left, bottom)  # unscaled
+    area = (left / width, bottom / height, size / width, size / height)
     axes = fig.add_axes(area, facecolor="none")
-    axes.set(xlabel="z[0]", ylabel="z[1]", xlim=edges, ylim=edges[::-1])
-    fig.figimage(matplotlib.colormaps["Greys_r"](figure, bytes=True), left, bottom)  # as it is
+    axes.set(xlabel="z[0]", ylabel="z[1]", xlim=(-0.5, size - 0.5), ylim=(size - 0.5, -0.5))
     axes.spines[:].set_position(("outward", 3))  # on the edge they would cover pixels
     axes.spines[["top", "right"]].set_visible(False)
     coordinates = np.linspace(-2, 2, 9)
     ticks = (coordinates + 2) / 4 * (n - 1) * SIDE + (SIDE - 1) / 2  # centres of the images
     axes.set_xticks(ticks, coordinates)
     axes.set_yticks(ticks[::-1], coordinates)
-    write_file(path, fig)
-    if show and plt.get_backend().lower() == "agg":  # pyplot's choice where no window can open
-        print("--show: there is no display", file=sys.stderr)
-    elif show:
-        plt.show()
+    fig.savefig(path, format="png")
     return figure
 
 
-# ---------------------------------------------------------------------------------------- data
-def load_mnist(path=None):
-    """Load MNIST, or a data set of the same form such as Fashion-MNIST, from an .npz archive.
+# ----------------------------------------------------------------------------------- data
+def scale(images):
+    """Return images, uint8 (N, 28, 28) or (28, 28), as the network's input, (N, D) in [0, 1].
 
-    Default: `data/mnist.npz` beside this module; where that is missing, what
-    `tf.keras.datasets.mnist.load_data()` has or downloads. Returns (x_train, y_train), (x_test,
-    y_test): images, uint8 (N, 28, 28) from 0 to 255, and labels, integers (N,). Raises OSError if
-    there is no such file, or none at all and no download, ValueError if it is not such an archive.
+    Raises ValueError for any others, such as images that are scaled already.
     """
-    if path is None and not (path := HERE / "data" / "mnist.npz").exists():
-        try:
-            return tf.keras.datasets.mnist.load_data()
-        except Exception as error:  # Keras raises the bare class
-            reason = f"{path} is missing and MNIST cannot be downloaded ({error})"
-            raise OSError(f"no data: {reason}; give a file mnist.npz with --data FILE") from error
-    with open(path, "rb") as file:  # a missing file or a directory fails here, by name
-        try:
-            archive = np.lib.npyio.NpzFile(file, allow_pickle=False)
-            names = ("x_train", "y_train", "x_test", "y_test")
-            data = {name: np.ascontiguousarray(archive[name]) for name in names}
-        except Exception as error:  # NumPy, zipfile and zlib raise whatever they come upon
-            expected = "expected an .npz archive like mnist.npz, got a damaged, truncated or other"
-            raise ValueError(f"{path}: {expected} file: {error}") from error
-    for part in ("train", "test"):
-        x, y = data[f"x_{part}"], data[f"y_{part}"]
-        images = x.dtype == np.uint8 and x.shape[1:] == (SIDE, SIDE) and len(x)
-        if not images or y.dtype.kind not in "iu" or y.shape != x.shape[:1]:
-            expected = f"x_{part} uint8 (N, {SIDE}, {SIDE}), N > 0, y_{part} integers {x.shape[:1]}"
-            got = f"{x.dtype} {x.shape} and {y.dtype} {y.shape}"
-            raise ValueError(f"{path}: expected {expected}, got {got}")
-    return (data["x_train"], data["y_train"]), (data["x_test"], data["y_test"])
-
-
-def scale(images, out=None):
-    """Return images, uint8 (B, 28, 28), as the network's input, float32 (B, D) in [0, 1]."""
-    return np.divide(images.reshape(-1, PIXELS), np.float32(255), out=out)
+    if images.dtype != np.uint8 or images.shape[-2:] != (SIDE, SIDE) or images.ndim > 3:
+        expected = f"expected images, uint8 (N, {SIDE}, {SIDE}) or ({SIDE}, {SIDE})"
+        raise ValueError(f"{expected}, got {images.dtype} {images.shape}")
+    return images.reshape(-1, PIXELS) / np.float32(255)
 
 
 def random_batches(x_train, batch_size=BATCH_SIZE, seed=0, first=0):
     """Yield the batches of the iterations first, first + 1, ..., float32 (B, D) in [0, 1].
 
-    Images are drawn with replacement, as (seed, iteration) alone decide: no generator's state needs
-    to outlive a run. Each batch is written over the one before; copy it to keep it.
+    Images are drawn with replacement; the seed and the iteration decide which.
     """
-    # TensorFlow reads a batch in place, without a copy, if it starts at a multiple of 64 bytes.
-    memory = np.empty(batch_size * PIXELS + 16, np.float32)
-    start = -memory.ctypes.data % 64 // memory.itemsize
-    x_batch = memory[start:][: batch_size * PIXELS].reshape(batch_size, PIXELS)
-    # A generator serves many iterations, as making one takes time; the bound is for big batches.
-    rows = max(1, min(64, 2**20 // batch_size))
-    for i in itertools.count(first):
-        block, row = divmod(i, rows)
-        if row == 0 or i == first:
-            generator = np.random.default_rng([seed, block])
-            indices = generator.integers(len(x_train), size=(rows, batch_size))
-        batch_idx = indices[row]
-        yield scale(x_train[batch_idx], out=x_batch)
+    rng = np.random.default_rng(seed)
+    for i in itertools.count():
+        batch_idx = rng.integers(len(x_train), size=batch_size)
+        if i >= first:  # the others were used before the run was resumed
+            yield scale(x_train[batch_idx])
 
 
-# ------------------------------------------------------------------------------------ training
+# ------------------------------------------------------------------------------- training
 def train(model, sess, x_train, run, log_every, checkpoint_every, stopped=()):
-    """Make the updates that a `Run` lacks; save it on the way, at its end, and once `stopped`."""
-    # Where nobody fetches the losses, graph mode leaves out what only they need.
+    """Make the updates run.made to run.wanted - 1; save on the way, at the end, once stopped.
+
+    `run` is a `Run`; `stopped` is a list, empty until a signal (Ctrl-C) puts its number there.
+    """
+    # Between two log lines nobody fetches the losses, and graph mode leaves them out.
     update = sess.make_callable(model.opt, feed_list=[model.x])
-    batch_size, seed = run.settings["batch_size"], run.settings["seed"]
-    batches = random_batches(x_train, batch_size, seed, first=run.iteration)
-    for i, x_batch in zip(progress(run.iteration, run.iterations), batches):
+    batches = random_batches(x_train, run.settings["batch_size"], run.settings["seed"], run.made)
+    for i, x_batch in zip(run.iterations(), batches):
         if i % log_every == 0:
             kld, rec_loss = model.step(x_batch, sess)
-            check_losses(i, kld, rec_loss)
-            run.log.append([i, kld, rec_loss])
-            print(f"Iteration {i}: KLD = {kld:f}, RecLoss = {rec_loss:f}")
+            run.log(i, kld, rec_loss)
+            if not stopped:  # if the terminal was closed, print would fail
+                print(f"Iteration {i}: KLD = {kld:f}, RecLoss = {rec_loss:f}", flush=True)
         else:
             update(x_batch)
-        run.iteration = i + 1
-        if run.iteration % checkpoint_every == 0 or run.iteration == run.iterations or stopped:
-            # The losses of the same images under the new weights show whether these are sound.
-            check_losses(i + 1, *sess.run([model.kld, model.rec_loss], {model.x: x_batch}))
+        run.made = i + 1
+        if run.made % checkpoint_every == 0 or run.finished or stopped:
+            # Weights with which the losses are not finite any more are not saved.
+            run.check(run.made, *sess.run([model.kld, model.rec_loss], {model.x: x_batch}))
             run.save(model, sess)
-            if stopped:  # perhaps during the save: nothing was trained since
+            if stopped:  # perhaps during the save: all that was trained is saved
                 break
 
 
-# ======================================================================= beyond the tutorial
-# ------------------------------------------------------------------------- machine and output
+# ==================================================================== beyond the tutorial
+# ----------------------------------------------------------------------------- data files
+ARRAYS = ("x_train", "y_train", "x_test", "y_test")
+RECIPE = 'README has a recipe, "Other data"'
+FILE_KINDS = {b"\x1f\x8b": "a gzip file", b"\x93N": "a single array", b"\x80\x04": "a pickle"}
+
+
+def kind_of_file(start):
+    """Say what a file is that begins with some bytes, and is no .npz archive."""
+    if not start:
+        return "an empty file"
+    if start[:2] in FILE_KINDS:
+        return FILE_KINDS[start[:2]]
+    return "text" if start.isascii() else "a file of another kind"
+
+
+def read_archive(path):
+    """Return those of the four arrays that an .npz archive has, by name."""
+    with open(path, "rb") as file:
+        start = file.read(64)
+        if not start.startswith(b"PK"):
+            raise ValueError(f"is no .npz archive, but {kind_of_file(start)}; {RECIPE}")
+        name = "it"
+        try:
+            archive = np.lib.npyio.NpzFile(file, allow_pickle=False)
+            arrays = {}
+            for name in [name for name in ARRAYS if name in archive.files]:
+                arrays[name] = np.asarray(archive[name])
+        except OSError as error:  # of the machine
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        except MemoryError as error:
+            raise MemoryError(f"{path}: {error}") from error
+        except Exception as error:  # of the file: NumPy, zipfile and zlib raise what they like
+            if "Object arrays" in str(error):
+                raise ValueError(f"{name} holds Python objects; expected integers") from error
+            raise ValueError(f"{name} is damaged or truncated: {error}") from error
+    if "x_train" not in arrays or "x_test" not in arrays:
+        found = ", ".join(archive.files) or "no arrays"
+        raise ValueError(f"has {found}; expected {', '.join(ARRAYS)}; {RECIPE}")
+    return arrays
+
+
+def checked_images(name, images):
+    """Return images of any integer type as uint8, (N, 28, 28), if they are from 0 to 255."""
+    forms = [(SIDE, SIDE), (SIDE, SIDE, 1), (PIXELS,)]
+    if images.dtype.kind not in "iu" or images.size == 0 or images.shape[1:] not in forms:
+        expected = f"expected uint8 (N, {SIDE}, {SIDE}), N > 0, from 0 to 255"
+        raise ValueError(f"{name} is {images.dtype} {images.shape}; {expected}; {RECIPE}")
+    low = images.min()
+    high = images.max()
+    if low < 0 or high > 255 or high < 2:
+        raise ValueError(f"{name} has values from {low} to {high}; expected grey from 0 to 255")
+    return np.ascontiguousarray(images.reshape(-1, SIDE, SIDE), np.uint8)
+
+
+def checked_labels(name, labels, count):
+    """Return labels, if they are an integer for each of `count` images, as an array (N,)."""
+    if labels.dtype.kind not in "iu" or labels.shape not in [(count,), (count, 1)]:
+        expected = f"expected integers ({count},), or no {name} at all"
+        raise ValueError(f"{name} is {labels.dtype} {labels.shape}; {expected}")
+    return labels.reshape(count)
+
+
+def load_mnist(path=None):
+    """Load MNIST, or a data set of its form, from an .npz archive.
+
+    Default: `data/mnist.npz` beside this module; where that is missing, what
+    `tf.keras.datasets.mnist.load_data()` has or downloads.
+
+    Returns (x_train, y_train), (x_test, y_test): images, uint8 (N, 28, 28) from 0 to 255, and
+    labels, integers (N,). Images (N, 28, 28, 1) or (N, 784), of any integer type, and labels
+    (N, 1) are brought into that form; labels may be missing, then all are 0.
+
+    Raises OSError if there is no such file, or none at all and no download; MemoryError;
+    ValueError, which says what was found and expected, if the file holds something else.
+    """
+    if path is None:
+        path = HERE / DATA
+        if not path.exists():
+            try:
+                return tf.keras.datasets.mnist.load_data()
+            except Exception as error:  # Keras raises the bare class
+                raise OSError(
+                    f"no data: {path} is missing and MNIST cannot be downloaded ({error}); "
+                    "give a file mnist.npz with --data FILE"
+                ) from error
+    try:
+        arrays = read_archive(path)
+        parts = []
+        for part in ("train", "test"):
+            images = checked_images(f"x_{part}", arrays[f"x_{part}"])
+            labels = arrays.get(f"y_{part}", np.zeros(len(images), np.uint8))
+            parts.append((images, checked_labels(f"y_{part}", labels, len(images))))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return tuple(parts)
+
+
+# ------------------------------------------------------------------- machine and messages
 def shard_count():
-    """Return how many shards of a batch to compute side by side: 2, or 1 on one core or a GPU."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return 1 if cores == 1 or tf.config.list_physical_devices("GPU") else 2
+    """Return how many shards suit the machine: 2, or 1 on one core or a GPU."""
+    cores = os.cpu_count()
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    if cores == 1 or tf.config.list_physical_devices("GPU"):
+        return 1
+    return SHARDS
 
 
-def session(shards=None):
-    """Open a session on the current graph, with a thread for each shard, if there are several."""
-    config = tf.ConfigProto(gpu_options=tf.GPUOptions(allow_growth=True))  # not all its memory
-    if (shards := shards or shard_count()) > 1:
-        config.intra_op_parallelism_threads, config.inter_op_parallelism_threads = 1, shards
+def session(shards=SHARDS):
+    """Open a session on the current graph, with a thread for each shard of its model."""
+    config = tf.ConfigProto()
+    config.gpu_options.allow_growth = True  # take memory as it is needed
+    if shards > 1:
+        config.intra_op_parallelism_threads = 1
+        config.inter_op_parallelism_threads = shards
     return tf.Session(config=config)
 
 
-def stop_signals(held):
-    """Return a list that gets the first SIGINT and SIGTERM until `held`, an ExitStack, closes."""
-    stopped = []
-
-    def note(number, _):
-        stopped.append(number)
-        signal.signal(number, signal.SIG_DFL)  # the same again ends the process
-
-    for each in (signal.SIGINT, signal.SIGTERM):
-        held.callback(signal.signal, each, signal.signal(each, note))
-    return stopped
+def say(text):
+    """Print a line at once; escape what standard output has no characters for."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
-def lock(directory, held):
-    """Keep other runs out of a directory until `held`, an ExitStack, closes or the process ends."""
-    try:
-        import fcntl
-
-        descriptor = os.open(directory, os.O_RDONLY)
-        held.callback(os.close, descriptor)
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise ValueError(f"{directory.parent}: another run is at work there") from error
-    except (ImportError, OSError):
-        pass  # Windows and some file systems have no such locks
-
-
-def progress(first, last):
-    """Yield the iterations from first to last; a terminal shows the share done and time left."""
-    start = shown = time.monotonic()
-    for i in range(first, last):
-        yield i
-        if time.monotonic() - shown > 0.2 and sys.stderr.isatty():
-            shown = time.monotonic()
-            speed = (i + 1 - first) / (shown - start)
-            left = (last - i - 1) / speed
-            text = f"{(i + 1) / last:4.0%}, {speed:.0f} iterations/s, {left:.0f} s left"
-            print(f"\033[K{text}\r", end="", file=sys.stderr, flush=True)
-    if sys.stderr.isatty():
-        print("\033[K", end="", file=sys.stderr, flush=True)
+def complain(text, end="\n"):
+    """Print a line on standard error, if there is one and somebody still listens."""
+    if sys.stderr is not None:
+        with suppress(OSError):
+            print(text, end=end, file=sys.stderr, flush=True)
 
 
 def one_line(error):
     """Return what an exception says, in one line."""
+    text = str(error)
     if isinstance(error, tf.errors.OpError):
-        error = error.message.split("\n\t [[")[0].splitlines()[-1]  # without where in the graph
+        text = error.message.split("\n\t [[")[0].splitlines()[-1]  # without where in the graph
     elif isinstance(error, OSError) and error.strerror:
-        error = f"{error.filename or 'standard output'}: {error.strerror}"  # all others have one
-    return " ".join(str(error).split())
+        text = f"{error.filename or 'standard output'}: {error.strerror}"  # print names none
+    return " ".join(text.split())
 
 
-def write_file(path, content):
-    """Write bytes, or a figure as PNG, into a file, whole or not at all."""
-    temporary = Path(f"{path}.tmp")
+def progress(first, last):
+    """Yield the iterations from first to last; a terminal shows the share done and time left."""
+    on_terminal = sys.stderr is not None and sys.stderr.isatty()
+    start = time.monotonic()
+    shown = start
     try:
-        if isinstance(content, bytes):
-            temporary.write_bytes(content)
-        else:
-            content.savefig(temporary, format="png")
-        os.replace(temporary, path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
-        raise OSError(error.errno, error.strerror or error, str(temporary)) from error
+        for i in range(first, last):
+            yield i
+            now = time.monotonic()
+            if on_terminal and now - shown > 0.2:
+                shown = now
+                speed = (i + 1 - first) / (now - start)
+                left = (last - i - 1) / speed
+                text = f"{(i + 1) / last:4.0%}, {speed:.0f} iterations/s, {left:.0f} s left"
+                complain(f"\033[K{text}\r", end="")
+    finally:
+        if on_terminal:
+            complain("\033[K", end="")
 
 
-# ---------------------------------------------------------------------------------------- runs
+@contextmanager
+def stop_signals():
+    """Note the signals that ask to stop in the list that is yielded; a second one acts at once.
+
+    What a signal did before, it does again afterwards. One that was ignored stays ignored.
+    """
+    stopped = []
+    handlers = {}
+
+    def note(number, _frame):
+        stopped.append(number)
+        signal.signal(number, handlers[number])
+
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number is not None and signal.getsignal(number) not in (signal.SIG_IGN, None):
+            with suppress(ValueError):  # a thread beside the main one gets no signals
+                handlers[number] = signal.signal(number, note)
+    try:
+        yield stopped
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+# ------------------------------------------------------------------------ the run on disk
 SETTINGS = ("decoder", "seed", "batch_size", "learning_rate", "shards")  # that decide each bit
+MNIST = "sha256:741c988805d008ac6e4c904b69001ba184c24b2c540a4ef403f4c71b676cf757"  # its images
 RESULTS = ("latent.png", "explore.html", "metrics.json", "report.png")  # of the newest checkpoint
 
 
@@ -407,374 +536,724 @@ class CheckpointError(ValueError):
     """There is no checkpoint where one is expected, or a damaged one, or of another network."""
 
 
+@contextmanager
+def locked(directory):
+    """Keep other runs out of a directory; the lock ends with the process, even a killed one."""
+    descriptor = None
+    try:
+        import fcntl
+
+        descriptor = os.open(directory, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise ValueError(f"{directory.parent}: another run is at work there") from error
+    except (ImportError, OSError):
+        pass  # Windows and some file systems have no such locks
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def to_disk(path):
+    """Wait until a file is on the disk, so that a power cut does not take it back."""
+    with open(path, "r+b") as file:
+        os.fsync(file.fileno())
+
+
+def named(error, path):
+    """Return an OSError that names the file which it is about."""
+    reason = error.strerror or str(error)
+    if isinstance(error, PermissionError) and os.path.exists(path):
+        reason += "; is it open in another program?"  # as a table is on Windows
+    return OSError(error.errno, reason, str(path))
+
+
+@contextmanager
+def whole_file(path):
+    """Yield a temporary name; what was written there then takes a file's place, in one step."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        yield temporary
+        to_disk(temporary)
+        os.replace(temporary, path)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError):
+            raise named(error, path) from error
+        raise
+
+
 @dataclass
 class Run:
     """A training run, and where it stands; run.json records all of it but the directory."""
 
     directory: Path
-    settings: dict  # what decides the result, by name
-    iterations: int  # wanted
-    iteration: int = 0  # made
-    log: list = field(default_factory=list)  # [[iteration, kld, rec_loss], ...]
-    model: str = ""  # the name of the newest checkpoint in the directory
-    stale: bool = False  # whether RESULTS may be there, of weights that the next save replaces
+    settings: dict  # SETTINGS and "data", a hash of the images, by name
+    data_file: str  # where these are from
+    wanted: int  # iterations
+    made: int = 0  # iterations
+    log_size: int = 0  # bytes of log.csv after which the new lines come
+    new_lines: list = field(default_factory=list)  # of log.csv, which it may not have yet
+    checkpoint_name: str = ""  # of the newest one
+
+    @property
+    def finished(self):
+        return self.made >= self.wanted
+
+    @property
+    def title(self):
+        decoder = self.settings["decoder"]
+        return f"{decoder} decoder, {self.made:,} iterations, seed {self.settings['seed']}"
+
+    @property
+    def has_digits(self):
+        return self.settings["data"] == MNIST
+
+    def iterations(self):
+        """Yield the iterations that are still to be made."""
+        return progress(self.made, self.wanted)
+
+    def check(self, iteration, kld, rec_loss):
+        """Raise FloatingPointError unless the losses of an iteration are finite."""
+        if not np.isfinite(kld + rec_loss):
+            losses = f"KLD = {kld:f}, RecLoss = {rec_loss:f}"
+            raise FloatingPointError(
+                f"iteration {iteration}: {losses}, so training stopped; try a lower --learning-rate"
+            )
+
+    def log(self, iteration, kld, rec_loss):
+        """Note the losses of an iteration, to be saved with the next checkpoint."""
+        self.check(iteration, kld, rec_loss)
+        self.new_lines.append(f"{iteration},{kld!r},{rec_loss!r}\n")
 
     def save(self, model, sess):
-        """Save the variables, the record of the run, its log, and what latest_checkpoint reads.
+        """Save the variables, then what refers to them.
 
-        The variables go to the one of two names that run.json does not name, and then run.json,
-        replaced in one step, names it: so at every moment it belongs to a whole checkpoint.
+        At every moment run.json names a whole checkpoint, and says which lines of log.csv belong
+        to it: who resumes the run after a kill, or a power cut, loses what came later, no more.
         """
-        directory = self.directory / "checkpoint"
-        directory.mkdir(exist_ok=True)
-        name = "vae_mnist-b" if self.model == "vae_mnist-a" else "vae_mnist-a"
-        for path in directory.glob(f"{name}.*"):  # older, or left by a save that was killed
+        folder = self.directory / "checkpoint"
+        folder.mkdir(parents=True, exist_ok=True)
+        # 1. The variables go to the one of two names that run.json does not name.
+        name = "vae_mnist-b" if self.checkpoint_name == "vae_mnist-a" else "vae_mnist-a"
+        for path in folder.glob(f"{name}.*"):  # older, or left by a save that was killed
             path.unlink()
-        model.saver.save(sess, str(directory / name), write_meta_graph=False, write_state=False)
-        self.model = name
-        self.write_record()
-        if self.stale:
-            for result in RESULTS:
-                (self.directory / result).unlink(missing_ok=True)
-            self.stale = False
-            self.write_record()
-        lines = "".join(f"{i},{kld!r},{rec_loss!r}\n" for i, kld, rec_loss in self.log)
-        write_file(self.directory / "log.csv", f"iteration,kld,rec_loss\n{lines}".encode())
-        write_file(directory / "checkpoint", f'model_checkpoint_path: "{name}"\n'.encode())
+        with sess.graph.as_default():
+            model.saver.save(sess, f"{folder}/{name}", write_meta_graph=False, write_state=False)
+        for path in folder.glob(f"{name}.*"):
+            to_disk(path)
+        # 2. What shows older variables goes.
+        for result in RESULTS:
+            (self.directory / result).unlink(missing_ok=True)
+        # 3. run.json names the new ones, in one step.
+        self.checkpoint_name = name
+        self.write()
 
-    def write_record(self):
-        record = {key: value for key, value in vars(self).items() if key != "directory"}
-        write_file(self.directory / "checkpoint" / "run.json", json.dumps(record).encode())
+    def write(self):
+        """Write run.json, then what follows from it: log.csv, and TensorFlow's own record.
+
+        run.json has the new lines of the log, too: after a kill in between, whoever resumes the
+        run calls this once more, and they are appended then.
+        """
+        folder = self.directory / "checkpoint"
+        record = {name: value for name, value in vars(self).items() if name != "directory"}
+        with whole_file(folder / "run.json") as temporary:
+            temporary.write_text(json.dumps(record))
+        self.write_log()
+        with whole_file(folder / "checkpoint") as temporary:
+            temporary.write_text(f'model_checkpoint_path: "{self.checkpoint_name}"\n')
+
+    def write_log(self):
+        """Cut log.csv off where the newest lines begin, and write these."""
+        path = self.directory / "log.csv"
+        try:
+            with open(path, "ab") as file:
+                self.log_size = min(self.log_size, file.tell())  # somebody may have shortened it
+                file.truncate(self.log_size)
+                header = [] if self.log_size else ["iteration,kld,rec_loss\n"]
+                file.write("".join(header + self.new_lines).encode())
+                file.flush()
+                os.fsync(file.fileno())
+                self.log_size = file.tell()
+                self.new_lines = []
+        except OSError as error:
+            raise named(error, path) from error
 
 
-def read_run(directory):
-    """Return the run whose newest checkpoint is in a directory, None if there is none."""
-    path = Path(directory) / "run.json"
+def read_run(folder):
+    """Return the run whose newest checkpoint is in a folder, None if there is none."""
+    path = Path(folder) / "run.json"
     if not path.exists():
         return None
     try:
-        run = Run(path.parent.parent, **json.loads(path.read_bytes()))
-        run.settings.setdefault("decoder", "tutorial")  # once there was no other
-        run.settings.setdefault("shards", shard_count())  # nor were these recorded
-    except (ValueError, TypeError, AttributeError) as error:
-        damaged = "expected the record of a run, got a damaged file; --overwrite begins a new one"
-        raise CheckpointError(f"{path}: {damaged}") from error
-    return run
+        return Run(path.parent.parent, **json.loads(path.read_bytes()))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"{path}: expected the record of a run, got a damaged file; "
+            "--overwrite begins a new one"
+        ) from error
 
 
-def open_run(args, x_train, held):
-    """Lock the output directory; return the run that goes on or begins there, if one may."""
-    directory, old = args.output_dir / "checkpoint", None
-    if not args.resume:
-        directory.mkdir(parents=True, exist_ok=True)
-    lock(directory, held)
-    settings = {name: getattr(args, name) for name in SETTINGS}
-    settings["data"] = "sha256:" + hashlib.sha256(x_train).hexdigest()
-    run = Run(args.output_dir, settings, args.iterations or ITERATIONS)
+def begin(args, settings):
+    """Return a new run; refuse to replace an unfinished one, unless that is asked for."""
+    settings["shards"] = settings["shards"] or shard_count()
+    run = Run(args.output_dir, settings, args.data or DATA, args.iterations or ITERATIONS)
     try:
-        old = read_run(directory)
+        old = read_run(args.output_dir / "checkpoint")
     except CheckpointError:
         if not args.overwrite:
             raise
-        run.stale = True
-    if old:
-        finished = old.iteration >= old.iterations
-        state = f"the run in {args.output_dir} made {old.iteration} of {old.iterations} iterations"
-    if args.resume:
-        if not old:
-            raise ValueError(f"--resume: there is no checkpoint in {directory}")
-        for name, value in settings.items():
-            if value not in (None, recorded := old.settings.get(name)):
-                option = f"--resume: --{name.replace('_', '-')} is {value}"
-                raise ValueError(f"{option}, but the run in {args.output_dir} has {recorded}")
-        if not finished and args.iterations and args.iterations < old.iteration:
-            raise ValueError(f"--resume: {state}, beyond --iterations {args.iterations}")
-        return old
-    settings["shards"] = args.shards or shard_count()
-    if old:
-        if not (finished or args.overwrite):
-            raise ValueError(f"{state}: go on with --resume, or replace it with --overwrite")
-        run.model, run.stale = old.model, old.stale or finished
+        return run
+    if old is None:
+        return run
+    if not (old.finished or args.overwrite):
+        raise ValueError(
+            f"the run in {args.output_dir} made {old.made} of {old.wanted} iterations: "
+            "go on with --resume, or replace it with --overwrite"
+        )
+    if old.finished and not args.overwrite:
+        say(f"Replacing the finished run in {args.output_dir}")
+    run.checkpoint_name = old.checkpoint_name  # the new one takes the other name
     return run
 
 
-def restore_variables(model, directory, sess):
-    """Do what `VAE.restore` promises."""
-    run = read_run(directory)
-    if run and (held := run.settings["decoder"]) != model.decoder:
-        raise CheckpointError(f"{directory}: has the {held} decoder, not the {model.decoder} one")
-    prefix = f"{directory}/{run.model}" if run else tf.train.latest_checkpoint(directory)
-    if prefix is None:
-        raise CheckpointError(f"{directory}: expected a directory with a checkpoint, found none")
-    try:
-        shapes = tf.train.load_checkpoint(prefix).get_variable_to_shape_map()
-        for name, shape in ((v.op.name, v.shape.as_list()) for v in tf.trainable_variables()):
-            if (found := shapes.get(name, "missing")) != shape:
-                raise ValueError(f"of another network: {name} must be {shape}, is {found}")
-        sess.run(tf.global_variables_initializer())
-        saved = [v for v in tf.global_variables() if v.op.name in shapes]
-        tf.train.Saver(saved).restore(sess, prefix)
-    except (tf.errors.OpError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{prefix}: not a checkpoint to use: {one_line(error)}") from error
+def resume(args, settings):
+    """Return the run in the output directory, if it has the settings that are asked for."""
+    run = read_run(args.output_dir / "checkpoint")
+    if run is None:
+        raise ValueError(f"--resume: there is no checkpoint in {args.output_dir / 'checkpoint'}")
+    if settings["data"] != run.settings["data"]:
+        given = args.data or DATA
+        raise ValueError(
+            f"--resume: the run in {args.output_dir} learns from {run.data_file}, and {given} has "
+            "other images; give its file with --data"
+        )
+    for name in SETTINGS:
+        recorded = run.settings[name]
+        if settings[name] not in (None, recorded):  # None: --shards was not given
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(
+                f"--resume: {option} is {settings[name]}, but the run in {args.output_dir} "
+                f"has {recorded}"
+            )
+    run.wanted = max(args.iterations or run.wanted, run.made)
+    return run
 
 
-def write_saved_model(model, directory, sess):
-    """Do what `VAE.export` promises."""
-    if os.path.exists(directory):
-        raise FileExistsError(f"{directory}: there already; expected the name of a new directory")
-    verbosity = tf.logging.get_verbosity()
-    tf.logging.set_verbosity(tf.logging.ERROR)  # predict_signature_def calls what is deprecated
-    signature = tf.saved_model.predict_signature_def
-    encode = signature({"x": model.x}, {"mu": model.mu, "log_sig_sq": model.log_sig_sq})
-    decode = signature({"z": model.z}, {"rec": model.rec})
-    tf.logging.set_verbosity(verbosity)
-    with sess.graph.as_default(), TemporaryDirectory(dir=Path(directory).parent) as beside:
-        builder = tf.saved_model.Builder(f"{beside}/model")
-        saver = tf.train.Saver(tf.trainable_variables())
-        signatures = {"encode": encode, "decode": decode}
-        builder.add_meta_graph_and_variables(sess, ["serve"], signatures, saver=saver)
-        builder.save()
-        os.rename(f"{beside}/model", directory)
+# ------------------------------------------------------------------------ a trained model
+def give_values(variables, values, sess):
+    """Give variables their values, or where it is None the initial one; add no operations."""
+    feed = {}
+    for variable, value in zip(variables, values):
+        if value is not None:
+            feed[variable.initializer.inputs[1]] = value  # instead of what it would assign
+    sess.run([variable.initializer for variable in variables], feed)
 
 
-def check_losses(iteration, kld, rec_loss):
-    """Raise FloatingPointError unless the losses of an iteration are finite."""
-    if not np.isfinite(kld + rec_loss):
-        losses = f"iteration {iteration}: KLD = {kld:f}, RecLoss = {rec_loss:f}"
-        raise FloatingPointError(f"{losses}, so training stopped; try a lower --learning-rate")
+def restore(model, sess, path):
+    """Load a checkpoint into the variables of a model.
 
-
-# ----------------------------------------------------------------------------- report and page
-SAMPLES = 100  # of z for an image
-# Ten colours that colour-blind people can tell apart: Petroff 2021, arXiv:2107.02270.
-COLOURS = ["#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6",
-           "#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd"]  # fmt: skip
-
-
-def code_features(model):
-    """Return features of codes z: h(z), 1 and -z^2 / 2 - sum softplus(logits), (B, units + 2).
-
-    The last layer is logits = h W + b, so log p(x | z) = x . logits - sum softplus(logits) =
-    (x W^T) . h + x . b - sum softplus(logits): a product with features of x, but for -z^2 / 2.
+    `path` is a directory such as outputs/checkpoint, whose newest checkpoint is meant, or the
+    name of one, as `tf.train.latest_checkpoint` returns it. What a checkpoint lacks, as one of
+    the tutorial's own program does, is initialized. Raises ValueError if there is none, or if it
+    is damaged or of another network; then no variable has changed.
     """
-    hidden = tf.concat(model.hidden, axis=0)
-    normalizer = [tf.reduce_sum(tf.nn.softplus(shard), axis=1) for shard in model.logits]
-    offset = -tf.concat(normalizer, axis=0) - tf.reduce_sum(tf.square(model.z), axis=1) / 2
-    return tf.concat([hidden, tf.ones_like(offset)[:, None], offset[:, None]], axis=1)
+    run = read_run(path)
+    if run is not None:
+        recorded = run.settings["decoder"]
+        if recorded != model.decoder:
+            raise CheckpointError(
+                f"{path}: has the {recorded} decoder, not the {model.decoder} one"
+            )
+        name = f"{path}/{run.checkpoint_name}"
+    elif os.path.exists(f"{path}.index"):
+        name = str(path)
+    else:
+        name = tf.train.latest_checkpoint(path)
+    if name is None:
+        raise CheckpointError(f"{path}: expected a directory with a checkpoint, found none")
+    values = []
+    try:
+        reader = tf.train.load_checkpoint(name)
+        shapes = reader.get_variable_to_shape_map()
+        for variable_name, variable in model.variables.items():
+            expected = variable.shape.as_list()
+            found = shapes.get(variable_name)
+            needed = variable_name.endswith(("kernel", "bias"))
+            if found != expected and (needed or found is not None):
+                raise ValueError(f"of another network: {variable_name} is {found}, not {expected}")
+            values.append(None if found is None else reader.get_tensor(variable_name))
+    except (tf.errors.OpError, RuntimeError, LookupError, ValueError) as error:
+        raise CheckpointError(f"{name}: not a checkpoint to use: {one_line(error)}") from error
+    give_values(model.variables.values(), values, sess)
 
 
-def evaluate(model, sess, images, seed=0, reach=6.0, step=0.03):
+def build_model(settings):
+    """Return a new model with the settings of a run."""
+    return VAE(
+        learning_rate=settings["learning_rate"],
+        seed=settings["seed"],
+        shards=settings["shards"],
+        decoder=settings["decoder"],
+    )
+
+
+@contextmanager
+def trained(directory="outputs"):
+    """Open the model of a run, finished or not: `with trained("outputs") as (model, sess):`.
+
+    `directory` is the run's, or one with a checkpoint in it. Where there is no record of a run,
+    the model is the tutorial's. Raises what `restore` raises.
+    """
+    folder = Path(directory) / "checkpoint"
+    if not folder.is_dir():
+        folder = Path(directory)
+    run = read_run(folder)
+    with tf.Graph().as_default():
+        model = VAE() if run is None else build_model(run.settings)
+        with session(model.shards) as sess:
+            restore(model, sess, folder)
+            yield model, sess
+
+
+@contextmanager
+def without_warnings():
+    """Hide TensorFlow's warnings, of what it calls deprecated and has no successor in a graph."""
+    verbosity = tf.logging.get_verbosity()
+    tf.logging.set_verbosity(tf.logging.ERROR)
+    try:
+        yield
+    finally:
+        tf.logging.set_verbosity(verbosity)
+
+
+def export(model, sess, directory):
+    """Write a SavedModel, which other programs use without this module.
+
+    Its signature `encode` makes mu and log_sig_sq, (B, 2), of x, (B, 784) in [0, 1]; `decode`
+    makes rec, (B, 784) in [0, 1], of z, (B, 2). The graph is a new one, for use alone: without
+    sampler, losses, optimizer and shards. Raises FileExistsError if the directory exists.
+    """
+    directory = Path(directory)
+    if directory.exists():
+        raise FileExistsError(f"{directory}: there already; expected the name of a new directory")
+    values = sess.run(model.weights)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tf.Graph().as_default(), tf.Session() as new_sess, without_warnings():
+        layers = []
+        x = tf.placeholder(tf.float32, [None, PIXELS], name="x")
+        z = tf.placeholder(tf.float32, [None, LATENT], name="z")
+        (fc,) = network([x], ENCODER, layers)
+        (logits,) = network([z], DECODERS[model.decoder], layers)
+        give_values(tf.trainable_variables(), values, new_sess)
+        code = {"mu": fc[:, :LATENT], "log_sig_sq": fc[:, LATENT:]}
+        signature = tf.saved_model.predict_signature_def
+        signatures = {
+            "encode": signature({"x": x}, code),
+            "decode": signature({"z": z}, {"rec": tf.sigmoid(logits)}),
+        }
+        with TemporaryDirectory(dir=directory.parent) as beside:
+            builder = tf.saved_model.Builder(f"{beside}/model")
+            builder.add_meta_graph_and_variables(new_sess, ["serve"], signatures)
+            builder.save()
+            os.rename(f"{beside}/model", directory)
+
+
+# --------------------------------------------------------------------- what it has learnt
+SAMPLES = 20  # of z for an image
+# Petroff's ten colours that colour-blind people can tell apart, arXiv:2107.02270, but for three
+# that would not be seen on black or beside the page's glow. Digits that overlap on the plane,
+# such as 3, 5 and 8, or 4, 7 and 9, have colours that are far apart.
+COLOURS = [
+    "#3f90da", "#b9ac70", "#a96b59", "#c1fdc4", "#92dadd",
+    "#6634f8", "#94a4a2", "#717581", "#d1041a", "#e76300",
+]  # fmt: skip
+
+
+def evaluate(model, sess, images, seed=0, reach=5.5, step=0.05):
     """Measure what a model has learnt of images, uint8 (N, 28, 28), in nats an image.
 
-    `seed` decides the samples of z, 100 an image; `reach` and `step` the grid of codes, over
-    [-reach, reach] in both dimensions. Returns arrays (N,), float64, by name:
-    "RecLoss": equation (2), averaged over the samples; "KLD": (1); "-ELBO": their sum.
-    "IW bound": the importance-weighted bound, -log 1/100 sum_k p(x, z_k) / q(z_k | x) (Burda,
-    Grosse and Salakhutdinov 2015, arXiv:1509.00519).
-    "NLL": -log p(x), the integral of N(z; 0, I) p(x | z) dz, as a sum over the grid.
+    Returns arrays (N,), float64, by name:
+    "RecLoss": equation (2), averaged over 20 samples of z for each image, which `seed` decides.
+    "KLD": equation (1).  "-ELBO": their sum.
+    "NLL": -log p(x), where p(x) is the integral of N(z; 0, I) p(x | z) dz, here a sum over the
+    codes of a grid, `step` apart, in a disc of radius `reach`.
     "KL(q || p)": -ELBO - NLL, the divergence of the encoder's q(z | x) from the exact p(z | x).
     """
-    rng, x = np.random.default_rng(seed), scale(images)
-    with sess.graph.as_default():
-        kernel, bias = sess.run(tf.trainable_variables()[-2:])
-        of_images = np.column_stack([x @ kernel.T, x @ bias, np.ones(len(x), np.float32)])
-        of_codes = code_features(model)
-        fed = tf.placeholder(tf.float32, of_images.shape)
-        joint = [tf.matmul(part, of_codes, transpose_b=True) for part in split(fed, model.shards)]
-        log_sum = tf.concat([tf.reduce_logsumexp(part, axis=1) for part in joint], axis=0)
-    mu, log_sig_sq = np.asarray(model.encode(x, sess), np.float64)
-    kld = 0.5 * np.sum(np.exp(log_sig_sq) - log_sig_sq + mu**2 - 1, axis=1)
-    rec_loss, log_ratios = np.zeros(len(x)), []
-    for eps in rng.standard_normal((len(x), SAMPLES, LATENT)).swapaxes(0, 1):  # (N, K) each
+    x = scale(images)
+    rng = np.random.default_rng(seed)
+    mu, log_sig_sq, kld = sess.run([model.mu, model.log_sig_sq, model.klds], {model.x: x})
+    kld = kld.astype(np.float64)
+    rec_loss = np.zeros(len(x))
+    for _ in range(SAMPLES):
+        eps = rng.standard_normal(mu.shape)
         z = mu + np.exp(log_sig_sq / 2) * eps
-        log_joint = np.sum(of_images * sess.run(of_codes, {model.z: z}), 1, np.float64)
-        rec_loss -= (log_joint + np.sum(z**2, axis=1) / 2) / SAMPLES
-        log_ratios.append(log_joint + np.sum(eps**2 + log_sig_sq, axis=1) / 2)
-    iw_bound = np.log(SAMPLES) - np.logaddexp.reduce(log_ratios)
+        rec_loss += sess.run(model.rec_losses, {model.x: x, model.z: z}) / SAMPLES
 
-    grid = np.linspace(-reach, reach, round(2 * reach / step) + 1)
-    codes = np.stack(np.meshgrid(grid, grid), axis=-1).reshape(-1, LATENT)
+    coordinates = np.linspace(-reach, reach, round(2 * reach / step) + 1)
+    area = (coordinates[1] - coordinates[0]) ** 2
+    codes = np.stack(np.meshgrid(coordinates, coordinates), axis=-1).reshape(-1, LATENT)
+    codes = codes[np.sum(codes**2, axis=1) <= reach**2]
+    # log p(x, z) = log p(z) - RecLoss, where RecLoss = sum softplus(logits) - x logits; its
+    # exponentials are summed over all codes, the highest taken out, or they would all be 0.
     log_px = np.full(len(x), -np.inf)
-    for z in np.array_split(codes, 1 + len(codes) // 500):
-        log_px = np.logaddexp(log_px, sess.run(log_sum, {fed: of_images, model.z: z}))
-    nll = np.log(2 * np.pi / (grid[1] - grid[0]) ** 2) - log_px
-    figures = {"RecLoss": rec_loss, "KLD": kld, "-ELBO": rec_loss + kld}
-    return figures | {"IW bound": iw_bound, "NLL": nll, "KL(q || p)": rec_loss + kld - nll}
+    for z in np.array_split(codes, 1 + len(codes) // 400):  # so many at a time take little memory
+        logits = sess.run(model.logits, {model.z: z})
+        log_pz = -np.sum(z**2, axis=1) / 2 - np.log(2 * np.pi)
+        offset = log_pz - np.sum(np.logaddexp(0, logits), axis=1)  # logaddexp(0, .): softplus
+        log_joint = logits @ x.T + offset[:, None].astype(np.float32)  # log p(x, z), (codes, N)
+        highest = np.max(log_joint, axis=0)
+        total = np.sum(np.exp(log_joint - highest), axis=0)
+        log_px = np.logaddexp(log_px, highest + np.log(total))
+    nll = -log_px - np.log(area)  # each code stands for so much of the plane
+    bound = rec_loss + kld
+    return {"RecLoss": rec_loss, "KLD": kld, "-ELBO": bound, "NLL": nll, "KL(q || p)": bound - nll}
+
+
+def label_colours(labels):
+    """Return a colour for each label that occurs: one of ten, or more from a scale."""
+    classes = np.unique(labels).tolist()
+    if len(classes) <= len(COLOURS):
+        return dict(zip(classes, COLOURS))
+    shades = matplotlib.colormaps["cool"](np.linspace(0, 1, len(classes)))
+    return {label: matplotlib.colors.to_hex(shade) for label, shade in zip(classes, shades)}
+
+
+def ten_classes(labels):
+    """Return ten of the labels that occur, spread over all of them, or all if they are fewer."""
+    classes = np.unique(labels)
+    places = np.linspace(0, len(classes) - 1, min(10, len(classes)))
+    return classes[np.round(places).astype(int)]
+
+
+def encode_array(array):
+    """Return the bytes of an array as text, for a page."""
+    return b64encode(np.ascontiguousarray(array).tobytes()).decode()
+
+
+def page_layers(layers, sess):
+    """Return layers of a model as the page reads them."""
+    found = []
+    for layer in layers:
+        kernel, bias = sess.run([layer["kernel"], layer["bias"]])
+        texts = {"kernel": encode_array(kernel), "bias": encode_array(bias)}
+        found.append({**texts, "elu": layer["elu"]})
+    return found
+
+
+def page_numbers(model, sess, test, run):
+    """Return what the page needs to know of a run, by name."""
+    images, labels = (part[:10000] for part in test)
+    shown = [np.flatnonzero(labels == label)[:2] for label in ten_classes(labels)]
+    shown = np.concatenate(shown)
+    gaps = evaluate(model, sess, images[shown], reach=4.5, step=0.1)["KL(q || p)"]
+    codes = []
+    losses = []
+    for part in np.array_split(images, 100):  # a few at a time take little memory
+        x = scale(part)
+        mu, rec_losses, klds = sess.run([model.mu, model.rec_losses, model.klds], {model.x: x})
+        codes.append(mu)
+        losses.append(rec_losses + klds)
+    grid = np.linspace(-4.5, 4.5, 121)
+    offsets = []
+    for y in grid[::-1]:
+        z = np.stack([grid, np.full(len(grid), y)], axis=1)
+        logits = sess.run(model.logits, {model.z: z})
+        offsets.append(-np.sum(np.logaddexp(0, logits), axis=1) - np.sum(z**2, axis=1) / 2)
+    return {
+        "run": run.title,
+        "kind": "digit" if run.has_digits else "image",
+        "encoder": page_layers(model.layers[: model.encoder_depth], sess),
+        "decoder": page_layers(model.layers[model.encoder_depth :], sess),
+        "codes": encode_array(np.concatenate(codes)),
+        "labels": labels.tolist(),
+        "colours": label_colours(labels),
+        "images": encode_array(images[shown]),
+        "shown": labels[shown].tolist(),
+        "picked": int(np.argmax(gaps)),
+        "grid": {"n": len(grid), "reach": grid[-1]},
+        "offset": encode_array(np.concatenate(offsets).astype(np.float32)),
+        "losses": np.quantile(np.concatenate(losses), [0.05, 0.5, 0.95]).tolist(),
+    }
+
+
+def explore(model, sess, test, run):
+    """Write explore.html, the frame in data/ with a run's numbers; return its path, or None."""
+    frame = HERE / "data" / "explore.html"
+    if not frame.exists():  # the module stands alone
+        return None
+    text = json.dumps(page_numbers(model, sess, test, run))
+    content = frame.read_bytes().replace(b">null<", f">{text}<".encode())
+    path = run.directory / "explore.html"
+    with whole_file(path) as temporary:
+        temporary.write_bytes(content)
+    return path
+
+
+def draw_codes(axes, mu, labels, kld, kind):
+    """Draw where the encoder puts the test images, in the colours of their labels."""
+    colours = label_colours(labels)
+    axes.scatter(*mu.T, s=2, linewidth=0, c=[colours[label] for label in labels.tolist()])
+    if len(colours) <= len(COLOURS):
+        for label, colour in colours.items():
+            axes.scatter([], [], c=colour, label=label)  # an entry of the legend alone
+        axes.legend(title=kind, loc="upper left", bbox_to_anchor=(1, 1))
+    else:
+        ticks = ten_classes(labels)
+        bar = axes.figure.colorbar(
+            matplotlib.cm.ScalarMappable(cmap=matplotlib.colors.ListedColormap(colours.values())),
+            ax=axes,
+            label=kind,
+            ticks=(np.searchsorted(list(colours), ticks) + 0.5) / len(colours),
+        )
+        bar.set_ticklabels(ticks)
+    axes.add_patch(matplotlib.patches.Rectangle((-2, -2), 4, 4, fill=False, linestyle="--"))
+    axes.set(title=f"Codes of {len(mu):,} test images: KLD {kld:.2f}", aspect="equal")
+    axes.set(xlabel="mu[0]; dashed: what latent.png shows", ylabel="mu[1]")
+
+
+def draw_sheet(axes, model, sess, test, mu, rec_loss, kind):
+    """Draw ten images of each of ten labels, and below each what the decoder makes of its mu."""
+    images, labels = test
+    classes = ten_classes(labels)
+    sheet = np.zeros((len(classes) * 2 * SIDE, 10 * SIDE), np.float32)
+    for i, label in enumerate(classes):
+        chosen = np.flatnonzero(labels == label)[:10]
+        width = len(chosen) * SIDE
+        top = 2 * SIDE * i
+        sheet[top : top + SIDE, :width] = np.hstack(images[chosen]) / 255
+        decoded = np.hstack(model.decode(mu[chosen], sess))
+        sheet[top + SIDE : top + 2 * SIDE, :width] = decoded
+    axes.imshow(sheet, cmap="Greys_r", vmin=0, vmax=1)
+    axes.set(title=f"Images over reconstructions:\nRecLoss {rec_loss:.2f}", anchor="N")
+    axes.set(ylabel=kind, xticks=[])
+    axes.set_yticks(np.arange(len(classes)) * 2 * SIDE + SIDE - 0.5, classes)
+
+
+def draw_losses(axes, log):
+    """Draw the losses of a log, rows of iteration, KLD and RecLoss."""
+    iterations, kld, rec_loss = log.T
+    last = f"KLD {kld[-1]:.2f}, RecLoss {rec_loss[-1]:.2f}"
+    axes.set(title=f"One batch in iteration {iterations[-1]:,.0f}: {last}")
+    axes.set(xlabel=f"iteration; RecLoss begins at {rec_loss[0]:.2f}")
+    curves = [(axes, "RecLoss", rec_loss, COLOURS[0]), (axes.twinx(), "KLD", kld, COLOURS[8])]
+    for side, name, values, colour in curves:
+        side.plot(iterations, values, color=colour, linewidth=1)
+        side.set_ylabel(name, color=colour)
+        settled = values[len(values) // 20 :]  # the first would squeeze the rest into a line
+        margin = 0.1 * np.ptp(settled) + 0.01
+        side.set_ylim(min(settled) - margin, max(settled) + margin)
 
 
 @matplotlib.style.context("default")
 def draw_report(model, sess, test, run, means):
     """Draw codes and reconstructions of the test set and the losses of the run: report.png."""
-    images, labels = test
+    mu, _ = model.encode(scale(test[0]), sess)
+    log = np.loadtxt(run.directory / "log.csv", delimiter=",", skiprows=1, ndmin=2)
     fig = matplotlib.figure.Figure(figsize=(9, 8.8), dpi=150, layout="constrained")
-    of = f"{run.settings['decoder']} decoder, seed {run.settings['seed']}"
-    fig.suptitle(f"{of}, {run.iteration:,} iterations: NLL {means['NLL']:.2f} nats an image")
+    fig.suptitle(f"{run.title}: NLL {means['NLL']:.2f} nats an image")
     panels = fig.subplot_mosaic("AB;CC", width_ratios=(2, 1), height_ratios=(2, 1))
-    codes, sheet, losses = panels.values()
-    mu, _ = model.encode(scale(images), sess)
-    codes.scatter(*mu.T, s=2, linewidth=0, c=[COLOURS[label % 10] for label in labels])
-    for label in np.unique(labels):
-        codes.scatter([], [], c=COLOURS[label % 10], label=label)
-    codes.legend(title="digit", loc="upper left", bbox_to_anchor=(1, 1))
-    codes.add_patch(matplotlib.patches.Rectangle((-2, -2), 4, 4, fill=False, linestyle="--"))
-    codes.set(title=f"Codes of {len(images):,} test images: KLD {means['KLD']:.2f}", aspect="equal")
-    codes.set(xlabel="mu[0]; dashed: what latent.png shows", ylabel="mu[1]")
-    classes = np.unique(labels)[:10]
-    digits = np.zeros((len(classes), 2, SIDE, 10, SIDE), np.float32)
-    for (above, below), label in zip(digits, classes):
-        x, mu_x = (part[labels == label][:10] for part in (images, mu))
-        above[:, : len(x)] = x.swapaxes(0, 1) / 255
-        below[:, : len(x)] = model.decode(mu_x, sess).swapaxes(0, 1)
-    sheet.imshow(digits.reshape(-1, 10 * SIDE), cmap="Greys_r", vmin=0, vmax=1)
-    title = f"Images over reconstructions:\nRecLoss {means['RecLoss']:.2f}"
-    sheet.set(title=title, ylabel="digit", xticks=[], anchor="N")
-    sheet.set_yticks(np.arange(len(classes)) * 2 * SIDE + SIDE - 0.5, classes)
-    iterations, kld, rec_loss = np.transpose(run.log)
-    last = f"KLD {kld[-1]:.2f}, RecLoss {rec_loss[-1]:.2f}"
-    losses.set(title=f"One batch in iteration {iterations[-1]:,.0f}: {last}")
-    losses.set(xlabel=f"iteration; RecLoss begins at {rec_loss[0]:.2f}")
-    curves = (losses, "RecLoss", rec_loss, COLOURS[0]), (losses.twinx(), "KLD", kld, COLOURS[2])
-    for axes, name, values, colour in curves:
-        axes.plot(iterations, values, color=colour, linewidth=1)
-        axes.set_ylabel(name, color=colour)
-        settled = values[len(values) // 20 :]  # the first ones would squeeze the rest into a line
-        margin = 0.1 * np.ptp(settled) + 0.01
-        axes.set_ylim(min(settled) - margin, max(settled) + margin)
-    write_file(run.directory / "report.png", fig)
+    kind = "digit" if run.has_digits else "label"
+    draw_codes(panels["A"], mu, test[1], means["KLD"], kind)
+    draw_sheet(panels["B"], model, sess, test, mu, means["RecLoss"], kind)
+    draw_losses(panels["C"], log)
+    with whole_file(run.directory / "report.png") as temporary:
+        fig.savefig(temporary, format="png")
 
 
 def report(model, sess, test, run):
     """Print what `evaluate` measures on the test set, save it as metrics.json, draw report.png."""
-    print(f"On {len(test[0]):,} test images, nats an image (standard error):")
-    means, metrics = {}, {}
+    print(f"On {len(test[0]):,} test images, nats an image (standard error):", flush=True)
+    means = {}
+    metrics = {}
     for name, values in evaluate(model, sess, test[0]).items():
-        mean, error = np.mean(values), np.std(values) / len(values) ** 0.5
-        means[name], metrics[name] = mean, {"mean": mean, "standard_error": error}
-        print(f"{name:10} {mean:8.2f} ({error:.2f})")
-    content = {"settings": run.settings, "iteration": run.iteration, "metrics": metrics}
-    write_file(run.directory / "metrics.json", (json.dumps(content, indent=2) + "\n").encode())
+        means[name] = np.mean(values)
+        error = np.std(values) / len(values) ** 0.5
+        metrics[name] = {"mean": means[name], "standard_error": error}
+        print(f"{name:10} {means[name]:8.2f} ({error:.2f})", flush=True)
+    content = {"settings": run.settings, "iteration": run.made, "metrics": metrics}
+    with whole_file(run.directory / "metrics.json") as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
     draw_report(model, sess, test, run, means)
-    print(f"These figures are in metrics.json, pictures to them in {run.directory / 'report.png'}")
+    path = run.directory / "report.png"
+    say(f"These figures are in metrics.json, pictures to them in {path}")
 
 
-def explore(model, sess, test, run):
-    """Write explore.html, the frame in data/ with a run's numbers; return its path, or None."""
-    frame, page = HERE / "data" / "explore.html", run.directory / "explore.html"
-    if not frame.exists():  # the module stands alone
-        return None
-    images, labels = (part[:10000] for part in test)
-    shown = np.concatenate([np.flatnonzero(labels == n)[:2] for n in np.unique(labels)[:10]])
-    codes = [model.encode(scale(part), sess)[0] for part in np.array_split(images, 100)]
-    grid = np.linspace(-3, 3, 101)
-    rows = np.stack(np.meshgrid(grid, grid[::-1]), axis=-1)  # one at a time takes little memory
-    offset = code_features(model)[:, -1]
-    offsets = [sess.run(offset, {model.z: z}) for z in rows]
-    decoder, seed = run.settings["decoder"], run.settings["seed"]
-    of = f"{decoder} decoder, {run.iteration:,} iterations, seed {seed}"
-    numbers = {"decoder": decoder, "run": of, "codes": np.concatenate(codes), "colours": COLOURS}
-    numbers |= {"labels": labels.tolist(), "shown": labels[shown].tolist(), "images": images[shown]}
-    numbers |= {"offset": np.concatenate(offsets), "variables": sess.run(tf.trainable_variables())}
-    text = json.dumps(numbers, default=lambda array: b64encode(array.tobytes()).decode())
-    write_file(page, frame.read_bytes().replace(b">null<", f">{text}<".encode()))
-    return page
+def show_picture(path):
+    """Open a window with a picture, and wait until it is closed."""
+    picture = matplotlib.image.imread(path)
+    height, width, _ = picture.shape
+    try:
+        from matplotlib import pyplot as plt
+
+        fig = plt.figure(figsize=(width / 100, height / 100), dpi=100)
+    except (ImportError, ValueError):  # MPLBACKEND is missing or unknown here
+        complain("--show: there is no display")
+        return
+    if plt.get_backend().lower() == "agg":  # pyplot's choice where no window can open
+        complain("--show: there is no display")
+    else:
+        fig.figimage(picture)
+        plt.show()
+    plt.close(fig)
 
 
-# -------------------------------------------------------------------------------- command line
-def argument(kind, valid, expected, text):
-    """Return the value of a kind that a text on the command line stands for, if it is valid."""
+# --------------------------------------------------------------------------- command line
+LARGEST = 2**31 - 1
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Help that ends with an option's default, if it has one."""
+
+    def _get_help_string(self, action):
+        if action.default is None:
+            return action.help
+        return super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that says in one line what is wrong: an input (2), or a fault in a run (1)."""
+
+    def error(self, error):
+        self.exit(2, f"{self.prog}: error: {one_line(error)}\n")
+
+    def fault(self, error):
+        self.exit(1, f"{self.prog}: error: {one_line(error)}\n")
+
+
+def whole_number(text, lowest=1, highest=LARGEST):
+    """Return the whole number that a text stands for."""
     with suppress(ValueError):
-        if valid(value := kind(text)):
-            return value
+        if lowest <= int(text) <= highest:
+            return int(text)
+    expected = f"a whole number from {lowest} to {highest}"
     raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
 
 
-def parse_arguments(argv):
-    """Return the parser of the command line, and the options."""
-    parser = argparse.ArgumentParser("vae_mnist.py", description=__doc__.splitlines()[0])
-    parser.error = lambda error: parser.exit(2, f"{parser.prog}: error: {one_line(error)}\n")
+def seed_number(text):
+    """Return the seed that a text stands for."""
+    return whole_number(text, lowest=0)
 
-    def add(name, text, default, shown=None, to=parser, **how):
-        to.add_argument(name, default=default, help=f"{text} (default: {shown or default})", **how)
 
-    most = 2**31 - 1
-    positive = partial(argument, int, lambda n: 1 <= n <= most, f"a whole number from 1 to {most}")
-    seed = partial(argument, int, lambda n: 0 <= n <= most, f"a whole number from 0 to {most}")
-    shards = partial(argument, int, lambda n: 1 <= n <= 64, "a whole number from 1 to 64")
-    rate = partial(argument, float, lambda r: 1e-45 <= r <= 3.4e38, "a number above 0")  # float32
-    # TensorFlow wants names in UTF-8, and takes those with other characters for patterns.
-    plain = re.compile(r"[^*?[\\\ud800-\udfff]+").fullmatch
-    path = partial(argument, Path, lambda p: plain(p.as_posix()), "a name in UTF-8, no * ? [ \\")
-    add("--data", "an .npz archive", None, "data/mnist.npz", metavar="FILE")
-    add("--output-dir", "where files go, made if missing", "outputs", type=path, metavar="DIR")
-    add("--iterations", "updates to make", None, ITERATIONS, type=positive, metavar="N")
-    add("--batch-size", "images an iteration", BATCH_SIZE, type=positive, metavar="N")
-    add("--learning-rate", "step size of Adam", LEARNING_RATE, type=rate, metavar="R")
-    add("--decoder", "as the tutorial lists or describes it", "tutorial", choices=DECODERS)
-    add("--seed", "decides everything random", 0, type=seed, metavar="N")
-    add("--shards", "parts of a batch", None, "what suits the machine", type=shards, metavar="N")
-    add("--log-every", "iterations a log line", LOG_EVERY, type=positive, metavar="N")
-    add("--checkpoint-every", "iterations a save", CHECKPOINT_EVERY, type=positive, metavar="N")
+def shard_number(text):
+    """Return the number of shards that a text stands for."""
+    return whole_number(text, highest=64)
+
+
+def rate(text):
+    """Return the learning rate that a text stands for."""
+    with suppress(ValueError):
+        if 1e-45 <= float(text) <= 3.4e38:  # what a float32 can hold
+            return float(text)
+    raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+
+
+def output_directory(text):
+    """Return the path that a text stands for, if TensorFlow takes its name as it is."""
+    path = Path(text)
+    with suppress(UnicodeEncodeError):
+        text.encode()
+        if not set(path.as_posix()) & set("*?[\\"):
+            return path
+    raise argparse.ArgumentTypeError(f"expected a name in UTF-8, no * ? [ \\, got {text!r}")
+
+
+def make_parser():
+    """Return the parser of the command line."""
+    about = "Train the variational autoencoder of Nate Merrill's 2019 tutorial on MNIST."
+    parser = Parser("vae_mnist.py", description=about, formatter_class=HelpFormatter)
+    option = parser.add_argument
+    option("--data", metavar="FILE", help=f"an .npz archive (default: {DATA})")
+    option("--output-dir", type=output_directory, default="outputs", help="made if missing")
+    option("--iterations", type=whole_number, help=f"updates to make (default: {ITERATIONS})")
+    option("--batch-size", type=whole_number, default=BATCH_SIZE, help="images an iteration")
+    option("--learning-rate", type=rate, default=LEARNING_RATE, help="step size of Adam")
+    option("--decoder", choices=DECODERS, default="tutorial", help="the listing's or the text's")
+    option("--seed", type=seed_number, default=0, help="decides everything random")
+    option("--shards", type=shard_number, help="parts of a batch (default: as suits the machine)")
+    option("--log-every", type=whole_number, default=LOG_EVERY, help="iterations a log line")
+    option("--checkpoint-every", type=whole_number, default=CHECKPOINT_EVERY, help="... a save")
     group = parser.add_mutually_exclusive_group()
-    add("--resume", "go on with the run in DIR", False, action="store_true", to=group)
-    add("--overwrite", "replace an unfinished run in DIR", False, action="store_true", to=group)
-    add("--report", "also measure and show the test set", False, action="store_true")
-    add("--show", "also open the picture in a window", False, action="store_true")
-    return parser, parser.parse_args(argv)
+    group.add_argument("--resume", action="store_true", help="go on with the run in there")
+    group.add_argument("--overwrite", action="store_true", help="replace an unfinished run")
+    option("--report", action="store_true", help="also measure and show the test set")
+    option("--show", action="store_true", help="also open the picture in a window")
+    return parser
 
 
 def work(args, run, x_train, test):
-    """Do what is asked for, from the first iteration to the report; return the exit status."""
-    how = {name: run.settings[name] for name in ("learning_rate", "seed", "shards", "decoder")}
-    with tf.Graph().as_default(), session(how["shards"]) as sess:
-        model = VAE(**how)
+    """Do what the tutorial's main block does, and what the options add; return the exit status."""
+    with tf.Graph().as_default(), session(run.settings["shards"]) as sess:
+        model = build_model(run.settings)
         if args.resume:
-            model.restore(run.directory / "checkpoint", sess)
-            run.save(model, sess)  # so that all files are of one iteration, even after a kill
-            run.stale = run.iteration >= run.iterations
-            run.iterations = max(args.iterations or run.iterations, run.iteration)
+            restore(model, sess, run.directory / "checkpoint")
+            run.write()  # since a kill may have come before log.csv was written
         else:
             sess.run(tf.global_variables_initializer())
-            if run.stale and not args.overwrite:
-                print(f"Replacing the finished run in {run.directory}")
-        with ExitStack() as training:
-            stopped = stop_signals(training)
+        with stop_signals() as stopped:
             train(model, sess, x_train, run, args.log_every, args.checkpoint_every, stopped)
         if stopped:
-            text = f"{signal.Signals(stopped[0]).name} after {run.iteration} of {run.iterations}"
-            text = f"Stopped by {text} iterations; go on with the same options and --resume"
-            print(text, file=sys.stderr)
+            name = signal.Signals(stopped[0]).name
+            complain(
+                f"Stopped by {name} after {run.made} of {run.wanted} iterations; "
+                "go on with the same options and --resume"
+            )
             return 128 + stopped[0]
-        display_manifold(model, sess, run.directory / "latent.png", args.show)
-        where = f"The manifold of the latent codes is in {run.directory / 'latent.png'}"
+        path = run.directory / "latent.png"
+        with whole_file(path) as temporary:
+            display_manifold(model, sess, temporary)
         page = explore(model, sess, test, run)
-        print(f"{where}; move through it in {page}" if page else where)
+        hint = "" if page is None else f"; move through it in {page}"
+        say(f"The manifold of the latent codes is in {path}{hint}")
         if args.report:
             report(model, sess, test, run)
+        if args.show:
+            show_picture(path)
     return 0
 
 
 def main(argv=None):
-    """Do what the command line says; return 0, or 128 plus the number of a signal that stopped it.
+    """Do what the command line says, or a list of its words; return the exit status.
 
-    Raises SystemExit: with status 2 for wrong options, data or checkpoint, 1 after a fault.
+    It is 0, or 128 plus the number of a signal that stopped the training. Raises SystemExit, with
+    status 2 for wrong options, data or checkpoints, and 1 after a fault.
     """
-    parser, args = parse_arguments(argv)
-    with ExitStack() as held:
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    folder = args.output_dir / "checkpoint"
+    with ExitStack() as until_the_end:  # keeps the lock, which is taken in the first `try`
         try:
-            # the tutorial ignores testing data and labels; a report needs them
+            # the tutorial ignores testing data and labels; page and report need them
             (x_train, _), test = load_mnist(args.data)
-            run = open_run(args, x_train, held)
+            settings = {name: getattr(args, name) for name in SETTINGS}
+            settings["data"] = "sha256:" + hashlib.sha256(x_train).hexdigest()
+            if not args.resume:
+                folder.mkdir(parents=True, exist_ok=True)
+            until_the_end.enter_context(locked(folder))
+            run = resume(args, settings) if args.resume else begin(args, settings)
         except (OSError, ValueError) as error:
             parser.error(error)
+        except MemoryError as error:
+            parser.fault(f"no memory for the data in {error}")
         try:
             return work(args, run, x_train, test)
         except CheckpointError as error:
             parser.error(f"--resume: {error}")
-        except (OSError, MemoryError, FloatingPointError, tf.errors.OpError) as error:
-            if isinstance(error, MemoryError):
-                error = f"no memory for batches of {args.batch_size} images: {error}"
-            parser.exit(1, f"{parser.prog}: error: {one_line(error)}\n")
+        except MemoryError as error:
+            parser.fault(f"no memory for batches of {args.batch_size} images: {error}")
+        except (OSError, FloatingPointError, tf.errors.OpError) as error:
+            parser.fault(error)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    in_cell = "__file__" not in globals()  # of a notebook, whose command line is not ours
+    try:
+        status = main([] if in_cell else None)
+    except KeyboardInterrupt:  # needs no traceback
+        status = 128 + signal.SIGINT
+    if status != 0:
+        sys.exit(status)

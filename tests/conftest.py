@@ -1,4 +1,4 @@
-"""Support for the tests: a model in a session of its own, and the same model in NumPy float64."""
+"""Support for the tests: models in sessions of their own, trained runs, and real processes."""
 
 import os
 import shutil
@@ -7,18 +7,18 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"  # until TensorFlow is loaded, here alone
 os.environ["MPLBACKEND"] = "agg"  # no window opens, whatever display there is
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import numpy as np
 import pytest
+import runs
 import tensorflow.compat.v1 as tf
 
 import vae_mnist
 
-LINEAR = {"tutorial": (3, 7, 8), "mirrored": (3, 7)}  # layers without ELU, for Reference
+del os.environ["TF_CPP_MIN_LOG_LEVEL"]
 SMALL_RUN = ["--iterations", "4", "--batch-size", "32", "--log-every", "2"]
 
 
@@ -38,6 +38,13 @@ def mnist():
     return vae_mnist.load_mnist()
 
 
+@pytest.fixture
+def data_in_memory(mnist, monkeypatch):
+    """Take the real data set from memory in each of the many runs in this process."""
+    load = vae_mnist.load_mnist
+    monkeypatch.setattr(vae_mnist, "load_mnist", lambda path=None: load(path) if path else mnist)
+
+
 @pytest.fixture(scope="session")
 def trained_runs(tmp_path_factory):
     """Output directories of both decoders; after 1,000 iterations, mirrored posteriors are narrow."""
@@ -47,6 +54,46 @@ def trained_runs(tmp_path_factory):
         options = ["--decoder", decoder, "--iterations", iterations, "--learning-rate", "0.002"]
         assert vae_mnist.main([*options, "--output-dir", str(directories[decoder])]) == 0
     return directories
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """The folder of a short finished run; tests copy it before they change it."""
+    output = tmp_path_factory.mktemp("finished")
+    assert runs.main(output) == 0
+    return output
+
+
+@pytest.fixture
+def run_folder(finished, tmp_path):
+    """A copy of a finished run."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+@pytest.fixture
+def fail_in_iteration(monkeypatch):
+    """A function that starts a run which fails in an iteration that is logged."""
+
+    def fail(iteration, output, *options):
+        step = vae_mnist.VAE.step
+
+        def failing(model, batch, sess):
+            if sess.run(model.iteration) == iteration:
+                raise MemoryError(f"in iteration {iteration}")
+            return step(model, batch, sess)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(vae_mnist.VAE, "step", failing)
+            assert runs.main(output, *options) == 1
+
+    return fail
+
+
+@pytest.fixture
+def unfinished(tmp_path, fail_in_iteration):
+    """A run of 6 iterations that failed in iteration 4, so that its checkpoint is of 3."""
+    fail_in_iteration(4, tmp_path / "run")
+    return tmp_path / "run"
 
 
 def program(*arguments):
@@ -87,54 +134,36 @@ def chromium(profile):
     return webdriver.Chrome(options, webdriver.ChromeService(driver))
 
 
-class Reference:
-    """The tutorial's network in NumPy and float64: losses, and gradients by backpropagation.
+@contextmanager
+def webkit(folder):
+    """Yield WebKitGTK, the engine of Safari's relatives, or None where it or a display is missing."""
+    from selenium import webdriver
 
-    parameters: kernel, bias, kernel, bias, ... of the encoder's and then the decoder's layers. The
-    last layer of either is linear, and so is the 4-unit one (the last but one of the decoder).
-    """
-
-    def __init__(self, parameters, linear=LINEAR["tutorial"]):
-        self.kernels = [np.asarray(p, np.float64) for p in parameters[::2]]
-        self.biases = [np.asarray(p, np.float64) for p in parameters[1::2]]
-        self.linear = linear
-
-    def forward(self, value, layers):
-        """Apply layers; keep what each got and gave."""
-        for i in layers:
-            self.inputs[i] = value
-            value = value @ self.kernels[i] + self.biases[i]
-            if i not in self.linear:
-                value = np.where(value > 0, value, np.expm1(np.minimum(value, 0)))
-            self.outputs[i] = value
-        return value
-
-    def backward(self, gradient, layers):
-        """Keep the gradients of the layers' parameters; return the one of their input."""
-        for i in reversed(layers):
-            if i not in self.linear:
-                gradient = gradient * np.where(self.outputs[i] > 0, 1, self.outputs[i] + 1)
-            self.gradients[2 * i] = self.inputs[i].T @ gradient
-            self.gradients[2 * i + 1] = gradient.sum(axis=0)
-            gradient = gradient @ self.kernels[i].T
-        return gradient
-
-    def run(self, x, eps):
-        """Return kld, rec_loss; leave mu, log_sig_sq, z, logits and the gradients of their sum."""
-        self.inputs, self.outputs, self.gradients = {}, {}, {}
-        x, eps, count = np.asarray(x, np.float64), np.asarray(eps, np.float64), len(x)
-        encoder, decoder = range(4), range(4, len(self.kernels))
-        code = self.forward(x, encoder)
-        self.mu, self.log_sig_sq = mu, s = code[:, :2], code[:, 2:]
-        self.z = mu + np.exp(s / 2) * eps
-        self.logits = logits = self.forward(self.z, decoder)
-        kld = 0.5 * np.sum(np.exp(s) - s + mu**2 - 1) / count
-        rec_loss = np.sum(np.logaddexp(0, logits) - x * logits) / count
-        dz = self.backward((1 / (1 + np.exp(-logits)) - x) / count, decoder)
-        d_mu = dz + mu / count
-        d_s = dz * eps * np.exp(s / 2) / 2 + (np.exp(s) - 1) / 2 / count
-        self.backward(np.concatenate([d_mu, d_s], axis=1), encoder)
-        return kld, rec_loss
+    driver = shutil.which("WebKitWebDriver")
+    browsers = sorted(Path("/usr/lib").glob("*/webkit2gtk-4.*/MiniBrowser"))
+    server = shutil.which("Xvfb")
+    if not (driver and browsers and (server or "DISPLAY" in os.environ)):
+        yield None
+        return
+    environment = {**os.environ, "HOME": str(folder), "LIBGL_ALWAYS_SOFTWARE": "1"}
+    environment["WEBKIT_DISABLE_SANDBOX_THIS_IS_DANGEROUS"] = "1"  # root has no other way
+    display = None
+    if server:  # it writes the number of a free display
+        command = [server, "-displayfd", "1", "-screen", "0", "1600x1200x24", "-nolisten", "tcp"]
+        how = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+        display = subprocess.Popen(command, **how)
+        environment["DISPLAY"] = ":" + display.stdout.readline().strip()
+    options = webdriver.WebKitGTKOptions()
+    options.binary_location = str(browsers[-1])
+    options.add_argument("--automation")
+    service = webdriver.webkitgtk.service.Service(driver, env=environment)
+    browser = webdriver.WebKitGTK(options, service)
+    browser.set_window_size(1400, 1000)
+    yield browser
+    browser.quit()
+    if display:
+        display.terminate()
+        display.wait()
 
 
 def pytest_configure(config):

@@ -3,16 +3,10 @@
 import numpy as np
 import pytest
 import tensorflow.compat.v1 as tf
-from conftest import Reference, built
+from conftest import built
+from reference import LAYERS, Reference
 
 import vae_mnist
-
-ENCODER = [(784, 256), (256, 128), (128, 64), (64, 4)]
-LAYERS = {
-    "tutorial": [*ENCODER, (2, 256), (256, 128), (128, 64), (64, 4), (4, 784)],
-    "mirrored": [*ENCODER, (2, 64), (64, 128), (128, 256), (256, 784)],
-}
-LINEAR = {"tutorial": (3, 7, 8), "mirrored": (3, 7)}
 
 
 def images(count, seed=0):
@@ -69,12 +63,19 @@ def test_step_matches_numpy(decoder, count, shards):
             variables = tf.trainable_variables()
             adam = [v for v in tf.global_variables() if "Adam" in v.name]
             before, slots = sess.run([variables, adam])
-            reference = Reference(before, LINEAR[decoder])
+            reference = Reference(before, decoder)
             expected = reference.run(x, eps)
-            fetches = [model.kld, model.rec_loss, model.loss, model.mu, model.z, model.opt]
-            kld, rec_loss, loss, mu, z, _ = sess.run(fetches, {model.x: x, model.eps: eps})
+            fetches = [model.kld, model.rec_loss, model.loss, model.mu, model.z]
+            fetches += [model.klds, model.rec_losses, model.opt]
+            results = sess.run(fetches, {model.x: x, model.eps: eps})
+            kld, rec_loss, loss, mu, z, klds, rec_losses, _ = results
             np.testing.assert_allclose([kld, rec_loss], expected, rtol=2e-6)
             np.testing.assert_allclose(loss, sum(expected), rtol=2e-6)
+            logits, s = reference.logits, reference.log_sig_sq
+            each = np.logaddexp(0, logits).sum(axis=1) - np.sum(x * logits, axis=1)
+            np.testing.assert_allclose(rec_losses, each, rtol=4e-6)
+            each = 0.5 * np.sum(np.exp(s) - s + reference.mu**2 - 1, axis=1)
+            np.testing.assert_allclose(klds, each, rtol=2e-5, atol=1e-6)
             np.testing.assert_allclose(mu, reference.mu, atol=2e-6)
             np.testing.assert_allclose(z, reference.z, atol=4e-6)
             after, slots_after = sess.run([variables, adam])
@@ -127,7 +128,7 @@ def test_gradient_of_the_cross_entropy_reaches_images_and_logits():
     x, logits = images(3), np.random.default_rng(1).normal(0, 3, (3, 784)).astype(np.float32)
     with tf.Graph().as_default(), tf.Session() as sess:
         inputs = [tf.constant(x), tf.constant(logits)]
-        gradients = sess.run(tf.gradients(7 * vae_mnist.cross_entropy(*inputs), inputs))
+        gradients = sess.run(tf.gradients(7 * vae_mnist.total_cross_entropy(*inputs), inputs))
     np.testing.assert_allclose(gradients[0], -7 * logits, rtol=1e-6)
     np.testing.assert_allclose(gradients[1], 7 * (1 / (1 + np.exp(-logits)) - x), atol=2e-6)
 
@@ -137,7 +138,7 @@ def test_loss_is_finite_and_its_gradient_alive_at_saturated_logits(logit):
     with tf.Graph().as_default(), tf.Session() as sess:
         logits = tf.constant([[logit]])
         wrong = tf.constant([[0.0 if logit > 0 else 1.0]])
-        loss = vae_mnist.cross_entropy(wrong, logits)
+        loss = vae_mnist.total_cross_entropy(wrong, logits)
         loss, gradient = sess.run([loss, tf.gradients(loss, logits)[0]])
         assert loss == 60 and gradient == np.sign(logit)
 
@@ -201,18 +202,15 @@ def test_twenty_steps_twice_give_the_same_bytes():
             assert a.tobytes() == b.tobytes()
 
 
-def test_shards_and_threads_are_chosen_from_the_machine(monkeypatch):
+def test_shards_are_chosen_from_the_machine(monkeypatch):
     def chosen(cores, gpus=()):
         monkeypatch.setattr(vae_mnist.os, "sched_getaffinity", lambda _: set(range(cores)))
         monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: list(gpus))
-        with tf.Graph().as_default(), vae_mnist.session() as sess:
-            config = sess._config
-        threads = config.intra_op_parallelism_threads, config.inter_op_parallelism_threads
-        return vae_mnist.shard_count(), threads
+        return vae_mnist.shard_count()
 
-    assert chosen(cores=1) == (1, (0, 0))  # 0: as TensorFlow sees fit
-    assert chosen(cores=2) == chosen(cores=64) == (2, (1, 2))
-    assert chosen(cores=64, gpus=["GPU:0"]) == (1, (0, 0))
+    assert chosen(cores=1) == 1
+    assert chosen(cores=2) == chosen(cores=64) == 2
+    assert chosen(cores=64, gpus=["GPU:0"]) == 1
 
 
 def test_training_step_leaves_the_losses_out():
@@ -269,3 +267,53 @@ def test_unknown_decoder_is_refused_by_name():
 def test_import_builds_and_switches_nothing():
     assert tf.executing_eagerly()
     assert not tf.get_default_graph().get_operations()
+
+
+@pytest.mark.slow
+def test_two_models_in_one_graph_do_not_know_of_each_other(tmp_path, trained_runs, mnist):
+    """Each one is restored, measured, saved and exported as if it were alone; no `with` is needed."""
+    images = mnist[1][0][:20]
+    alone = {}
+    for decoder, run in trained_runs.items():
+        with vae_mnist.trained(run) as (model, sess):
+            alone[decoder] = vae_mnist.evaluate(model, sess, images, step=0.2)
+            first_weights = sess.run([v.initializer.inputs[1] for v in model.weights])
+            alone[decoder]["first"] = first_weights
+    with tf.Graph().as_default() as graph:
+        models = {decoder: vae_mnist.VAE(decoder=decoder) for decoder in trained_runs}
+        sess = vae_mnist.session()
+    for decoder, model in models.items():
+        vae_mnist.restore(model, sess, trained_runs[decoder] / "checkpoint")
+    count = len(graph.get_operations())
+    for decoder, model in models.items():
+        directory = trained_runs[decoder] / "checkpoint"
+        vae_mnist.restore(model, sess, directory)
+        figures = vae_mnist.evaluate(model, sess, images, step=0.2)
+        for name, values in figures.items():
+            assert np.array_equal(values, alone[decoder][name]), name
+        vae_mnist.export(model, sess, tmp_path / decoder)
+        vae_mnist.display_manifold(model, sess, tmp_path / f"{decoder}.png")
+        assert (tmp_path / f"{decoder}.png").read_bytes() == (
+            trained_runs[decoder] / "latent.png"
+        ).read_bytes()
+        first_weights = sess.run([v.initializer.inputs[1] for v in model.weights])
+        for mine, expected in zip(first_weights, alone[decoder]["first"]):
+            assert np.array_equal(mine, expected)
+        vae_mnist.Run(tmp_path / f"{decoder}-run", {}, "", wanted=1).save(model, sess)
+        directory = tmp_path / f"{decoder}-run" / "checkpoint"
+        saved = tf.train.load_checkpoint(tf.train.latest_checkpoint(directory))
+        directory = trained_runs[decoder] / "checkpoint"
+        trained = tf.train.load_checkpoint(tf.train.latest_checkpoint(directory))
+        names = trained.get_variable_to_shape_map()
+        assert saved.get_variable_to_shape_map() == names
+        for name in names:
+            assert np.array_equal(saved.get_tensor(name), trained.get_tensor(name)), name
+    assert len(graph.get_operations()) == count
+    # A step of one leaves the other as it was.
+    before = sess.run(models["mirrored"].weights)
+    models["tutorial"].step(vae_mnist.scale(images), sess)
+    for value, now in zip(before, sess.run(models["mirrored"].weights)):
+        assert np.array_equal(value, now)
+    iterations = [sess.run(model.iteration) for model in models.values()]
+    assert iterations == [301, 1000]
+    sess.close()

@@ -1,10 +1,14 @@
-"""The picture of the manifold, pixel by pixel, and how it is written."""
+"""The picture of the manifold, pixel by pixel, how it is written, and the window that shows it."""
+
+import os
+import subprocess
 
 import matplotlib
 import matplotlib.image
 import numpy as np
 import pytest
-from conftest import built
+import runs
+from conftest import SMALL_RUN, built, program
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 import vae_mnist
@@ -14,9 +18,10 @@ class Ramp:
     """A decoder whose image of z is known: its top half shows z[0], its bottom half z[1]."""
 
     def decode(self, z, sess):
+        z = np.asarray(z)[..., None, None]
         images = np.zeros((len(z), 28, 28), np.float32)
-        images[:, :14] = (z[:, 0, None, None] + 2) / 4
-        images[:, 14:] = (z[:, 1, None, None] + 2) / 4
+        images[:, :14] = (z[:, 0] + 2) / 4
+        images[:, 14:] = (z[:, 1] + 2) / 4
         return images
 
 
@@ -24,7 +29,8 @@ class Noise:
     """A decoder of images in which any smoothing or shift would show."""
 
     def decode(self, z, sess):
-        return np.random.default_rng(0).random((len(z), 28, 28)).astype(np.float32)
+        seed = abs(int(1e6 * z[0][1]))  # another one for each row of the picture
+        return np.random.default_rng(seed).random((len(z), 28, 28)).astype(np.float32)
 
 
 def test_manifold_has_z0_to_the_right_and_z1_upwards(tmp_path):
@@ -61,10 +67,9 @@ def test_users_settings_of_matplotlib_change_nothing(tmp_path):
     mine = {"savefig.dpi": 300, "savefig.bbox": "tight", "figure.autolayout": True}
     mine |= {"axes.grid": True, "font.size": 20, "figure.facecolor": "black"}
     with matplotlib.rc_context(mine):
-        for show in (False, True):
-            figure = vae_mnist.display_manifold(Noise(), None, tmp_path / "latent.png", show)
-            assert_each_pixel_of(figure, tmp_path / "latent.png")
-            assert (tmp_path / "latent.png").read_bytes() == (tmp_path / "plain.png").read_bytes()
+        figure = vae_mnist.display_manifold(Noise(), None, tmp_path / "latent.png")
+        assert_each_pixel_of(figure, tmp_path / "latent.png")
+        assert (tmp_path / "latent.png").read_bytes() == (tmp_path / "plain.png").read_bytes()
         assert matplotlib.rcParams["savefig.dpi"] == 300
 
 
@@ -106,24 +111,55 @@ def test_tick_labels_do_not_run_into_each_other(tmp_path, monkeypatch):
         assert float(label.get_text()) == pytest.approx(2 - 4 * row / 29)
 
 
-def test_failure_while_drawing_leaves_the_older_picture(tmp_path, monkeypatch):
-    path = tmp_path / "latent.png"
+def test_failure_while_drawing_leaves_the_older_picture(run_folder, monkeypatch, capsys):
+    path = run_folder / "latent.png"
     path.write_bytes(b"older")
+    names = sorted(run_folder.iterdir())
 
     def savefig(self, path, **how):
         path.write_bytes(b"half a picture")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(matplotlib.figure.Figure, "savefig", savefig)
-    with pytest.raises(OSError):
-        vae_mnist.display_manifold(Ramp(), None, path)
-    assert path.read_bytes() == b"older" and list(tmp_path.iterdir()) == [path]
+    assert runs.main(run_folder, "--resume") == 1
+    assert f"{path}: No space left on device" in capsys.readouterr().err
+    assert path.read_bytes() == b"older" and sorted(run_folder.iterdir()) == names
 
 
-def test_show_without_a_display_says_so_and_writes_the_file(tmp_path, recwarn, capsys):
-    shown = vae_mnist.display_manifold(Ramp(), None, tmp_path / "a.png", show=True)
+def test_show_without_a_display_says_so_after_the_picture_is_written(run_folder, recwarn, capsys):
+    (run_folder / "latent.png").unlink()
+    assert runs.main(run_folder, "--resume", "--show") == 0
     assert not [w for w in recwarn if "non-interactive" in str(w.message)]
     assert capsys.readouterr().err == "--show: there is no display\n"
-    vae_mnist.display_manifold(Ramp(), None, tmp_path / "b.png")
-    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
-    assert shown.shape == (840, 840)
+    assert (run_folder / "latent.png").exists()
+
+
+@pytest.mark.slow
+def test_backend_that_is_missing_or_unknown_stops_nothing(tmp_path):
+    """As a notebook hands its own down to what it starts in another environment."""
+    processes = []
+    for i, backend in enumerate(("module://no_such_package.backend", "nonsense")):
+        command = program(*SMALL_RUN, "--output-dir", tmp_path / str(i), "--show")
+        environment = {**os.environ, "MPLBACKEND": backend}
+        environment.pop("DISPLAY", None)
+        how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        processes.append(subprocess.Popen(command, env=environment, **how))
+    for i, process in enumerate(processes):
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0 and err == "--show: there is no display\n"
+        assert "latent.png" in out and (tmp_path / str(i) / "latent.png").exists()
+
+
+def test_window_shows_the_picture_as_it_is_on_the_disk(run_folder, monkeypatch):
+    from matplotlib import pyplot as plt
+
+    shown = []
+    monkeypatch.setattr(plt, "get_backend", lambda: "a window's")
+    monkeypatch.setattr(plt, "show", lambda: shown.append(plt.gcf()))
+    vae_mnist.show_picture(run_folder / "latent.png")
+    (fig,) = shown
+    canvas = FigureCanvasAgg(fig)
+    canvas.draw()
+    pixels = np.asarray(canvas.buffer_rgba())
+    expected = np.rint(255 * matplotlib.image.imread(run_folder / "latent.png"))
+    assert np.array_equal(pixels, expected) and not plt.get_fignums()

@@ -10,15 +10,17 @@ import matplotlib
 import matplotlib.image
 import numpy as np
 import pytest
+import runs
 import tensorflow.compat.v1 as tf
-from conftest import LINEAR, Reference, built, program
+from conftest import built, program
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
+from reference import Reference
 
 import vae_mnist
 
 SHORT = ["--iterations", "6", "--batch-size", "8", "--log-every", "2"]
-FIGURES = ("RecLoss", "KLD", "-ELBO", "IW bound", "NLL")
+FIGURES = ("RecLoss", "KLD", "-ELBO", "NLL", "KL(q || p)")
 COARSE = {"reach": 5.0, "step": 0.1}  # enough for a model that is hardly trained
 
 
@@ -27,21 +29,6 @@ def test_set(mnist):
     """The first 200 test images and their labels."""
     _, (x_test, y_test) = mnist
     return x_test[:200], y_test[:200]
-
-
-@contextmanager
-def restored(output, decoder):
-    """Yield a model that a run in a directory has trained, and its session."""
-    with built(decoder=decoder) as (model, sess):
-        model.restore(output / "checkpoint", sess)
-        yield model, sess
-
-
-@pytest.fixture
-def trained(trained_runs):
-    """The mirrored one of these models, and its session."""
-    with restored(trained_runs["mirrored"], "mirrored") as (model, sess):
-        yield model, sess
 
 
 @contextmanager
@@ -55,13 +42,6 @@ def rough(scale, seed=0):
         yield model, sess, Reference(sess.run(tf.trainable_variables()))
 
 
-def log_px(reference, x, z):
-    """Return log p(x | z) of one image, (784,), with codes (n, 2), in float64."""
-    reference.inputs, reference.outputs = {}, {}
-    logits = reference.forward(np.asarray(z, np.float64), range(4, len(reference.kernels)))
-    return logits @ np.float64(x) - np.logaddexp(0, logits).sum(axis=1)
-
-
 def test_model_that_ignores_its_code_has_the_likelihood_of_its_biases(test_set):
     """Then q(z | x) = p(z), and every bound is the negative log-likelihood itself."""
     images = test_set[0][:20]
@@ -73,7 +53,7 @@ def test_model_that_ignores_its_code_has_the_likelihood_of_its_biases(test_set):
         figures = vae_mnist.evaluate(model, sess, images, **COARSE)
     x, bias = images.reshape(-1, 784) / 255, bias.astype(np.float64)
     expected = np.logaddexp(0, bias).sum() - x @ bias
-    for name in ("RecLoss", "-ELBO", "IW bound", "NLL"):
+    for name in ("RecLoss", "-ELBO", "NLL"):
         assert figures[name].shape == (20,) and figures[name].dtype == np.float64
         np.testing.assert_allclose(figures[name], expected, atol=2e-3)
     assert not figures["KLD"].any()
@@ -88,7 +68,7 @@ def test_negative_log_likelihood_matches_gauss_hermite_quadrature(test_set):
     with rough(1.5) as (model, sess, reference):
         nll = vae_mnist.evaluate(model, sess, images, **COARSE)["NLL"]
     for value, x in zip(nll, images.reshape(-1, 784) / 255):
-        terms = log_px(reference, x, z) + log_weights
+        terms = reference.log_px(x, z) + log_weights
         assert np.ptp(terms[log_weights > -20]) > 20  # the integrand does vary
         np.testing.assert_allclose(value, -np.logaddexp.reduce(terms), atol=1e-3)
 
@@ -97,20 +77,14 @@ def test_sampled_figures_match_numpy(test_set):
     images = test_set[0][:3]
     with rough(1.5) as (model, sess, reference):
         figures = vae_mnist.evaluate(model, sess, images, seed=5, **COARSE)
+    x = images.reshape(-1, 784) / 255
     rng = np.random.default_rng(5)
-    for i, x in enumerate(images.reshape(-1, 784) / 255):
-        eps = rng.standard_normal((100, 2))
-        kld, rec_loss = reference.run(np.tile(x, (100, 1)), eps)
-        np.testing.assert_allclose(figures["RecLoss"][i], rec_loss, rtol=1e-5)
-        np.testing.assert_allclose(figures["KLD"][i], kld, rtol=1e-5, atol=1e-6)
-        np.testing.assert_allclose(figures["-ELBO"][i], kld + rec_loss, rtol=1e-5)
-        z, mu, sigma = reference.z, reference.mu, np.exp(reference.log_sig_sq / 2)
-        log_p = -0.5 * (z**2).sum(axis=1)
-        log_q = (-0.5 * ((z - mu) / sigma) ** 2 - np.log(sigma)).sum(axis=1)
-        ratio = np.exp(log_px(reference, x, z) + rec_loss + log_p - log_q)
-        np.testing.assert_allclose(
-            figures["IW bound"][i], rec_loss - np.log(ratio.mean()), rtol=1e-5
-        )
+    losses = [reference.run(x[i : i + 1], eps[i : i + 1])
+              for eps in (rng.standard_normal((3, 2)) for _ in range(20)) for i in range(3)]  # fmt: skip
+    kld, rec_loss = np.reshape(losses, (20, 3, 2)).mean(axis=0).T
+    np.testing.assert_allclose(figures["RecLoss"], rec_loss, rtol=1e-5)
+    np.testing.assert_allclose(figures["KLD"], kld, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(figures["-ELBO"], kld + rec_loss, rtol=1e-5)
 
 
 @pytest.mark.slow
@@ -120,58 +94,55 @@ def test_inference_gap_is_the_divergence_of_q_from_the_exact_posterior(
 ):
     """Ten images: q (log q - log p) summed over a fine grid around mu, in NumPy and float64."""
     images = test_set[0][:10]
-    with restored(trained_runs[decoder], decoder) as (model, sess):
-        figures = vae_mnist.evaluate(model, sess, images)
+    with vae_mnist.trained(trained_runs[decoder]) as (model, sess):
+        figures = vae_mnist.evaluate(model, sess, images, step=0.03)
         assert np.array_equal(figures["KL(q || p)"], figures["-ELBO"] - figures["NLL"])
-        # A hundred times as many samples, for their noise to be small; no grid is needed there.
-        often = vae_mnist.evaluate(model, sess, np.repeat(images, 100, axis=0), step=3.0)
-        reference = Reference(sess.run(tf.trainable_variables()), LINEAR[decoder])
-    gap = often["-ELBO"].reshape(10, 100).mean(axis=1) - figures["NLL"]
+        # 500 times as many samples, for their noise to be small; no grid is needed there.
+        often = vae_mnist.evaluate(model, sess, np.repeat(images, 500, axis=0), step=3.0)
+        reference = Reference(sess.run(model.weights), decoder)
+    samples = often["-ELBO"].reshape(10, 500)
+    error = samples.std(axis=1) / 500**0.5
+    gap = samples.mean(axis=1) - figures["NLL"]
     steps = np.linspace(-5.5, 5.5, 89)
     eps = np.stack(np.meshgrid(steps, steps), axis=-1).reshape(-1, 2)
     area = (steps[1] - steps[0]) ** 2
     log_normal = -0.5 * np.sum(eps**2, axis=1) - np.log(2 * np.pi)
     for i, x in enumerate(images.reshape(-1, 784) / 255):
-        reference.run(x[None], np.zeros((1, 2)))
-        mu, sigma = reference.mu[0], np.exp(reference.log_sig_sq[0] / 2)
+        mu, log_sig_sq = (values[0] for values in reference.encode(x[None]))
+        sigma = np.exp(log_sig_sq / 2)
         z = mu + sigma * eps
         log_q = log_normal - np.sum(np.log(sigma))
-        log_joint = log_px(reference, x, z) - 0.5 * np.sum(z**2, axis=1) - np.log(2 * np.pi)
+        log_joint = reference.log_px(x, z) - 0.5 * np.sum(z**2, axis=1) - np.log(2 * np.pi)
         log_p = log_joint + figures["NLL"][i]  # the posterior, by Bayes' rule
         divergence = np.sum(np.exp(log_normal) * area * (log_q - log_p))
-        assert divergence > 0 and abs(divergence - gap[i]) < 0.05
-    assert gap.max() > 0.3  # so there is something to measure
+        assert divergence > 0 and abs(divergence - gap[i]) < 5 * error[i] + 0.005
+    assert gap.max() > 0.3 and error.max() < 0.1  # so there is something to measure
 
 
 @pytest.mark.slow
-def test_bounds_are_in_order_and_independent_of_the_samples(trained, test_set):
-    model, sess = trained
-    figures, other = (
-        vae_mnist.evaluate(model, sess, test_set[0], seed=seed, step=0.05) for seed in (0, 1)
-    )
+def test_samples_decide_nothing_but_the_reconstructions(trained_runs, test_set):
+    with vae_mnist.trained(trained_runs["mirrored"]) as (model, sess):
+        figures, other = (
+            vae_mnist.evaluate(model, sess, test_set[0], seed=seed, step=0.1) for seed in (0, 1)
+        )
     mean = {name: values.mean() for name, values in figures.items()}
-    assert mean["-ELBO"] > mean["IW bound"] > mean["NLL"] > 100
-    assert mean["-ELBO"] - mean["NLL"] > 0.5  # the gaps are there, and not only rounding
-    assert mean["IW bound"] - mean["NLL"] > 0.05
-    # Every image by itself: the average of the ratios is p(x) on average, so by Markov's inequality
-    # it is over e^t p(x) with a probability of at most e^-t.
-    for t in (0.5, 1, 2, 4):
-        assert np.mean(figures["IW bound"] < figures["NLL"] - t) < np.exp(-t)
-    for name in ("RecLoss", "-ELBO", "IW bound"):
-        assert 0 < abs(mean[name] - other[name].mean()) < 0.3  # 0.05 for 10,000 images, if so
-    assert np.array_equal(figures["NLL"], other["NLL"])
+    assert mean["-ELBO"] > mean["NLL"] + 0.5 > 100  # the gap is there, and not only rounding
+    assert 0 < abs(mean["RecLoss"] - other["RecLoss"].mean()) < 0.5
+    for name in ("KLD", "NLL"):
+        assert np.array_equal(figures[name], other[name])
 
 
 @pytest.mark.slow
-def test_finer_and_wider_grids_change_the_likelihood_by_less_than_a_hundredth(trained, test_set):
-    def nll(*model_and_session, **grid):
-        return vae_mnist.evaluate(*model_and_session, test_set[0][:25], **grid)["NLL"].mean()
-
-    assert abs(nll(*trained) - nll(*trained, reach=7.0)) < 0.01
-    assert abs(nll(*trained) - nll(*trained, reach=2.0)) > 0.01  # so its size does matter
-    with rough(3.0) as (*sharp, _):  # as narrow as after 20,000 iterations
-        assert abs(nll(*sharp) - nll(*sharp, step=0.02)) < 0.01
-        assert abs(nll(*sharp) - nll(*sharp, step=0.06)) > 0.01
+@pytest.mark.parametrize("decoder", ["tutorial", "mirrored"])
+def test_likelihood_is_that_of_a_much_finer_and_wider_grid(decoder, trained_runs, test_set):
+    images = test_set[0][:100]
+    with vae_mnist.trained(trained_runs[decoder]) as model_and_sess:
+        nll = vae_mnist.evaluate(*model_and_sess, images)["NLL"]
+        finer = vae_mnist.evaluate(*model_and_sess, images, reach=6.5, step=0.02)["NLL"]
+        rough_grid = vae_mnist.evaluate(*model_and_sess, images, step=0.3)["NLL"]
+        narrow = vae_mnist.evaluate(*model_and_sess, images, reach=2.0)["NLL"]
+    assert abs(np.mean(nll - finer)) < 1e-3
+    assert abs(np.mean(rough_grid - finer)) > 1e-3 and np.mean(narrow - finer) > 1e-3
 
 
 @pytest.mark.slow
@@ -186,10 +157,9 @@ def test_report_prints_and_saves_what_it_measures(tmp_path, test_set, monkeypatc
     content = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert content["iteration"] == 6 and content["settings"]["decoder"] == "tutorial"
     assert content["settings"]["learning_rate"] == 0.001 and content["settings"]["seed"] == 0
-    with built() as (model, sess):
-        model.restore(tmp_path / "run" / "checkpoint", sess)
+    with vae_mnist.trained(tmp_path / "run") as (model, sess):
         figures = vae_mnist.evaluate(model, sess, images[:30])
-    assert list(content["metrics"]) == [*FIGURES, "KL(q || p)"]
+    assert list(content["metrics"]) == list(FIGURES)
     for name, values in figures.items():
         metric = content["metrics"][name]
         assert metric["mean"] == pytest.approx(values.mean())
@@ -219,11 +189,12 @@ def test_signal_while_measuring_ends_the_program_and_loses_nothing(tmp_path):
                 pass
             process.send_signal(number)
             err = process.stderr.read()
-        assert process.returncode == -number and not err  # as it ends any other program
+        # SIGTERM ends it as any other program, Ctrl-C as one without a traceback.
+        assert process.returncode == (130 if number == signal.SIGINT else -number) and not err
         output = tmp_path / number.name
         names = ["checkpoint", "explore.html", "latent.png", "log.csv"]
         assert sorted(p.name for p in output.iterdir()) == names
-        assert vae_mnist.read_run(output / "checkpoint").iteration == 6
+        assert vae_mnist.read_run(output / "checkpoint").made == 6
 
 
 def test_no_report_without_the_option(tmp_path):
@@ -233,18 +204,17 @@ def test_no_report_without_the_option(tmp_path):
 
 
 def test_report_that_cannot_be_written_is_one_line_and_leaves_the_older_one(
-    tmp_path, monkeypatch, capsys
+    run_folder, monkeypatch, capsys
 ):
-    (tmp_path / "metrics.json").write_text("older")
-    (tmp_path / "metrics.json.tmp").mkdir()  # where the new one would be written first
+    (run_folder / "metrics.json").write_text("older")
+    (run_folder / "metrics.json.tmp").mkdir()  # where the new one would be written first
     values = {name: np.ones(3) for name in FIGURES}
     monkeypatch.setattr(vae_mnist, "evaluate", lambda *_, **__: values)
-    with pytest.raises(SystemExit) as stop:
-        vae_mnist.main([*SHORT, "--report", "--output-dir", str(tmp_path)])
+    assert runs.main(run_folder, "--resume", "--report") == 1
     err = capsys.readouterr().err
-    assert stop.value.code == 1 and err.count("\n") == 1 and "metrics.json.tmp" in err
-    assert (tmp_path / "metrics.json").read_text() == "older"
-    assert (tmp_path / "latent.png").exists() and (tmp_path / "checkpoint" / "run.json").exists()
+    assert err.count("\n") == 1 and f"{run_folder / 'metrics.json'}: Is a directory" in err
+    assert (run_folder / "metrics.json").read_text() == "older"
+    assert (run_folder / "latent.png").exists()
 
 
 # ------------------------------------------------------------------------------------ pictures
@@ -253,22 +223,23 @@ def test_report_that_cannot_be_written_is_one_line_and_leaves_the_older_one(
 @pytest.fixture
 def drawn(monkeypatch, tmp_path):
     """A function that draws a report, and returns its figure and its panels, from above."""
-    written = []
-    write_file = vae_mnist.write_file
+    figures = []
+    savefig = matplotlib.figure.Figure.savefig
 
-    def keep(path, content):
-        written.append(content)
-        write_file(path, content)
+    def keep(figure, *arguments, **how):
+        figures.append(figure)
+        savefig(figure, *arguments, **how)
 
     def draw(model, sess, test, log, settings=None):
-        settings = {"decoder": "tutorial", "seed": 7, **(settings or {})}
-        run = vae_mnist.Run(tmp_path, settings, 5000, 5000, log)
+        settings = {"decoder": "tutorial", "seed": 7, "data": vae_mnist.MNIST, **(settings or {})}
+        run = vae_mnist.Run(tmp_path, settings, "", 5000, made=5000)
+        np.savetxt(tmp_path / "log.csv", log, delimiter=",", header="iteration,kld,rec_loss")
         means = {"NLL": 164.95, "KLD": 4.87, "RecLoss": 161.23}
         vae_mnist.draw_report(model, sess, test, run, means)
-        fig = written[-1]
-        return fig, dict(zip(("codes", "sheet", "rec_loss", "kld"), fig.axes, strict=True))
+        fig = figures[-1]
+        return fig, dict(zip(("codes", "sheet", "rec_loss", "kld"), fig.axes))
 
-    monkeypatch.setattr(vae_mnist, "write_file", keep)
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", keep)
     return draw
 
 
@@ -341,14 +312,30 @@ def test_reconstructions_stand_below_their_images(drawn, test_set):
     assert "RecLoss 161.23" in axes.get_title()
 
 
-def test_few_images_of_many_classes_can_be_drawn(drawn, test_set):
-    """A data set of the same form need not have ten classes, or ten images of each."""
-    labels = np.array([-1, 40, *range(100, 111)])
+@pytest.mark.parametrize("classes", [26, 62])
+def test_many_classes_keep_the_panels_and_have_a_bar(classes, drawn, test_set, recwarn):
+    """As EMNIST has: panels of the same size, colours of their own, ten rows spread over all."""
+    images = np.tile(test_set[0], (4, 1, 1))
+    labels = np.arange(len(images)) % classes
     with built() as (model, sess):
-        _, panels = drawn(model, sess, (test_set[0][: len(labels)], labels), log_of(50))
+        few, few_panels = drawn(model, sess, test_set, log_of(50))
+        fig, panels = drawn(model, sess, (images, labels), log_of(50))
+    sizes = []
+    for figure, axes in ((few, few_panels["sheet"]), (fig, panels["sheet"])):
+        figure.canvas.draw()
+        sizes.append(axes.get_window_extent().width)
+    assert sizes[1] > 0.85 * sizes[0]
+    assert not recwarn.list and panels["codes"].get_legend() is None
+    colours = panels["codes"].collections[0].get_facecolors()[:classes]
+    assert len(np.unique(colours, axis=0)) == classes
+    expected = [round(i * (classes - 1) / 9) for i in range(10)]
+    shown = [int(label.get_text()) for label in panels["sheet"].get_yticklabels()]
+    assert np.abs(np.subtract(shown, expected)).max() <= 1 and len(set(shown)) == 10
     sheet = panels["sheet"].images[0].get_array()
-    assert sheet.shape == (560, 280) and not sheet[:, 28:].any() and sheet[:, :28].any()
-    assert len(panels["codes"].get_legend().get_texts()) == len(labels)
+    first = images[np.flatnonzero(labels == shown[4])[0]]
+    np.testing.assert_allclose(sheet[56 * 4 : 56 * 4 + 28, :28], first / 255, atol=1e-6)
+    bar = next(axes for axes in fig.axes if axes.get_label() == "<colorbar>")
+    assert [int(t.get_text()) for t in bar.get_yticklabels()] == shown
 
 
 @pytest.mark.parametrize("count", [1, 2, 50, 200])
@@ -377,35 +364,6 @@ def test_report_fits_its_page_whatever_the_users_settings(drawn, test_set, tmp_p
         fig, _ = drawn(model, sess, test_set, log_of(200), {"decoder": "mirrored"})
     assert_nothing_clipped_or_overlapping(fig)
     assert fig._suptitle.get_text() == (
-        "mirrored decoder, seed 7, 5,000 iterations: NLL 164.95 nats an image"
+        "mirrored decoder, 5,000 iterations, seed 7: NLL 164.95 nats an image"
     )
     assert matplotlib.image.imread(tmp_path / "report.png").shape[1] == 1350
-    sizes = [text.get_fontsize() for text in fig.findobj(matplotlib.text.Text)]
-    assert min(sizes) * 900 / (9 * 72) > 12  # pixels a letter, shown at a width of 900
-
-
-# How colours look to people without one kind of cone: Machado, Oliveira and Fernandes 2009.
-VISION = {
-    "all cones": np.eye(3),
-    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216]]
-    + [[-0.003882, -0.048116, 1.051998]],
-    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413]]
-    + [[-0.011820, 0.042940, 0.968881]],
-    "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602]]
-    + [[0.004733, 0.691367, 0.303900]],
-}
-
-
-@pytest.mark.parametrize("vision", VISION)
-def test_colours_differ_for_colour_blind_people_too(vision):
-    """In CIELAB 2.3 is the least difference one sees side by side; tab10 has pairs of under 5."""
-    rgb = np.array([to_rgb(colour) for colour in [*vae_mnist.COLOURS, "white"]])
-    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
-    linear = np.clip(linear @ np.transpose(VISION[vision]), 0, 1)
-    to_xyz = [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750]]
-    to_xyz += [[0.0193339, 0.1191920, 0.9503041]]
-    xyz = linear @ np.transpose(to_xyz) / np.sum(to_xyz, axis=1)
-    x, y, z = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116).T
-    lab = np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=1)
-    distance = np.linalg.norm(lab[:, None] - lab, axis=-1)
-    assert distance[~np.eye(11, dtype=bool)].min() > 15
