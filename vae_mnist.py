@@ -1000,7 +1000,9 @@ def draw_codes(axes, mu, labels, kld, kind):
     axes.scatter(*mu.T, s=2, linewidth=0, c=[colours[label] for label in labels.tolist()])
     if len(colours) <= len(COLOURS):
         for label, colour in colours.items():
-            axes.scatter([], [], c=colour, label=label)  # an entry of the legend alone
+            axes.scatter(
+                [], [], c=colour, edgecolor="black", label=label
+            )  # an entry of the legend alone
         axes.legend(title=kind, loc="upper left", bbox_to_anchor=(1, 1))
     else:
         ticks = ten_classes(labels)
@@ -1011,9 +1013,11 @@ def draw_codes(axes, mu, labels, kld, kind):
             ticks=(np.searchsorted(list(colours), ticks) + 0.5) / len(colours),
         )
         bar.set_ticklabels(ticks)
-    axes.add_patch(matplotlib.patches.Rectangle((-2, -2), 4, 4, fill=False, linestyle="--"))
+    axes.set_facecolor("black")  # on which all of the colours are seen
+    square = matplotlib.patches.Rectangle((-2, -2), 4, 4, fill=False, edgecolor="white")
+    axes.add_patch(square)
     axes.set(title=f"Codes of {len(mu):,} test images: KLD {kld:.2f}", aspect="equal")
-    axes.set(xlabel="mu[0]; dashed: what latent.png shows", ylabel="mu[1]")
+    axes.set(xlabel="mu[0]; in the square: latent.png", ylabel="mu[1]")
 
 
 def draw_sheet(axes, model, sess, test, mu, rec_loss, kind):
