@@ -10,8 +10,8 @@ Both are trained on KLD + RecLoss, the negative evidence lower bound (-ELBO), in
     python vae_mnist.py            # train for 5,000 iterations, then draw outputs/latent.png
     python vae_mnist.py --help     # all options and their defaults
 
-The method begins at `SIDE`, in the tutorial's order. A first reader may skip what follows it,
-but for `work`, near the end, which was the tutorial's main block. Sections, and public names:
+The method runs from `SIDE` to the line "beyond the tutorial", in the tutorial's order. Read that
+first, and then `work`, near the end, which was its main block. Sections, and public names:
 
     model, picture, data, training    VAE, display_manifold, scale, random_batches
     data files                        load_mnist
@@ -158,7 +158,7 @@ def total_cross_entropy(x, logits):
 
 
 def named_variables(layers, adam, iteration):
-    """Return variables by their names in checkpoints, those of the first model in a graph."""
+    """Return weights and Adam's state by the names that they have in a graph of their own."""
     beta1_power, beta2_power = [v for v in adam.variables() if v.shape.rank == 0]
     named = {"global_step": iteration, "beta1_power": beta1_power, "beta2_power": beta2_power}
     for i, layer in enumerate(layers):
@@ -174,8 +174,8 @@ class VAE:
     """The tutorial's variational autoencoder, built in the current default graph.
 
     Its tensors are attributes: `x`, `mu`, `log_sig_sq`, `eps`, `z`, `logits` and `rec` have one
-    row for each image, `rec_losses` and `klds` have one number; `rec_loss`, `kld` and their sum
-    `loss` are means over the batch, all in nats an image. `opt` is one update by Adam.
+    row for each image, `rec_losses` and `klds` one number for each; `rec_loss`, `kld` and their
+    sum `loss` are means over the batch, all in nats an image. `opt` is one update by Adam.
 
     `seed` decides the first weights and, with the number of updates, the noise eps. `shards`
     changes a result by rounding alone. `decoder` is "tutorial", as in its listing, or
@@ -231,7 +231,7 @@ class VAE:
             self.loss = self.kld + self.rec_loss
 
         # The tutorial's text leaves out how the model is trained: by Adam as it is by default.
-        # GATE_GRAPH: no weight changes while a gradient may still read it.
+        # It counts `iteration` up. GATE_GRAPH: no weight changes while a gradient may read it.
         adam = tf.train.AdamOptimizer(learning_rate)
         self.weights = [layer[part] for layer in self.layers for part in ("kernel", "bias")]
         with tf.name_scope("adam"):
@@ -503,26 +503,27 @@ def progress(first, last):
 
 @contextmanager
 def stop_signals():
-    """Note the signals that ask to stop in the list that is yielded; a second one acts at once.
+    """Yield a list, to which the first SIGINT, SIGTERM or SIGHUP appends its number.
 
-    What a signal did before, it does again afterwards. One that was ignored stays ignored.
+    That gives the signal's previous handler back, so the same one again does what it did before;
+    in the end all have theirs. One that was ignored stays ignored.
     """
     stopped = []
-    handlers = {}
+    previous = {}  # handlers
 
     def note(number, _frame):
         stopped.append(number)
-        signal.signal(number, handlers[number])
+        signal.signal(number, previous[number])
 
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)  # Windows has no SIGHUP
         if number is not None and signal.getsignal(number) not in (signal.SIG_IGN, None):
             with suppress(ValueError):  # a thread beside the main one gets no signals
-                handlers[number] = signal.signal(number, note)
+                previous[number] = signal.signal(number, note)
     try:
         yield stopped
     finally:
-        for number, handler in handlers.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
 
@@ -559,8 +560,11 @@ def locked(directory):
 
 def to_disk(path):
     """Wait until a file is on the disk, so that a power cut does not take it back."""
-    with open(path, "r+b") as file:
-        os.fsync(file.fileno())
+    try:
+        with open(path, "r+b") as file:
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def named(error, path):
@@ -656,8 +660,8 @@ class Run:
     def write(self):
         """Write run.json, then what follows from it: log.csv, and TensorFlow's own record.
 
-        run.json has the new lines of the log, too: after a kill in between, whoever resumes the
-        run calls this once more, and they are appended then.
+        run.json has log_size and new_lines as they are before log.csv is touched: after a kill in
+        between, resuming calls this again, and the same lines are cut off and appended.
         """
         folder = self.directory / "checkpoint"
         record = {name: value for name, value in vars(self).items() if name != "directory"}
@@ -690,7 +694,10 @@ def read_run(folder):
     if not path.exists():
         return None
     try:
-        return Run(path.parent.parent, **json.loads(path.read_bytes()))
+        run = Run(path.parent.parent, **json.loads(path.read_bytes()))
+        if not {*SETTINGS, "data"} <= set(run.settings):
+            raise ValueError("it lacks a setting")
+        return run
     except (ValueError, TypeError) as error:
         raise CheckpointError(
             f"{path}: expected the record of a run, got a damaged file; "
@@ -746,11 +753,15 @@ def resume(args, settings):
 
 # ------------------------------------------------------------------------ a trained model
 def give_values(variables, values, sess):
-    """Give variables their values, or where it is None the initial one; add no operations."""
+    """Set variables to their values, or to the initial one where it is None.
+
+    An initializer assigns its input 1 to its variable; feeding it assigns another value, and
+    leaves no operation behind in the graph.
+    """
     feed = {}
     for variable, value in zip(variables, values):
         if value is not None:
-            feed[variable.initializer.inputs[1]] = value  # instead of what it would assign
+            feed[variable.initializer.inputs[1]] = value
     sess.run([variable.initializer for variable in variables], feed)
 
 

@@ -590,7 +590,7 @@ def test_begins_with_the_image_of_the_largest_divergence_and_says_what_is_seen(p
         assert abs((int(found[1]) if found else 0) - 100 * beyond[i]) < 3
         captions = [c.text for c in page.browser.find_elements("css selector", "figcaption")]
         assert captions == ["test image", "it came back as"]
-    assert len(said) == (1 if page.model.decoder == "tutorial" else 3)
+    assert len(said) >= (1 if page.model.decoder == "tutorial" else 3)
     quantiles = [float(q) for q in re.findall(r"\d+", page.text("beside"))]
     some = vae_mnist.scale(mnist[1][0][::20])
     expected = np.quantile(expected_losses(page.reference, some, n=3)[0][:, 2], [0.5, 0.05, 0.95])
