@@ -10,15 +10,15 @@ Both are trained on KLD + RecLoss, the negative evidence lower bound (-ELBO), in
     python vae_mnist.py            # train for 5,000 iterations, then draw outputs/latent.png
     python vae_mnist.py --help     # all options and their defaults
 
-The method runs from `SIDE` to the line "beyond the tutorial", in the tutorial's order. Read that
-first, and then `work`, near the end, which was its main block. Sections, and public names:
+A first reader begins at `SIDE`, stops at the line "beyond the tutorial", and may skip the rest but
+`work`, near the end, which was the tutorial's main block. The sections, and their public names:
 
     model, picture, data, training    VAE, display_manifold, scale, random_batches
     data files                        load_mnist
     machine and messages              session
-    the run on disk                   (files written whole, checkpoints, resuming)
+    the run on disk                   (the record of a run, its checkpoints, how it is resumed)
     a trained model                   restore, trained, export
-    what it has learnt                evaluate (and the page explore.html, the report)
+    what it has learnt                evaluate (then the page explore.html, and the report)
     command line                      main
 
 Source: Nate Merrill, "Implementing an MNIST Variational Autoencoder in TensorFlow", 2019.
@@ -42,10 +42,10 @@ from tempfile import TemporaryDirectory
 
 @contextmanager
 def quiet():
-    """Hide what TensorFlow's C++ code says while it loads; errors of Python's are still seen."""
+    """Point descriptor 2, where TensorFlow's C++ code complains while it loads, nowhere."""
     if sys.stderr is None:  # closed, as by 2>&-
-        os.open(os.devnull, os.O_WRONLY)  # gets its number, 2, before another file does
-    stderr = os.dup(2)
+        os.open(os.devnull, os.O_WRONLY)  # takes descriptor 2, which is free
+    descriptor = os.dup(2)
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 2)
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
@@ -55,50 +55,45 @@ def quiet():
         sys.exit(128 + signal.SIGINT)
     finally:
         del os.environ["TF_CPP_MIN_LOG_LEVEL"]
-        os.dup2(stderr, 2)
-        os.close(stderr)
+        os.dup2(descriptor, 2)
+        os.close(descriptor)
 
 
-# Loading the packages without their noise. The program itself begins at SIDE.
+# Started as a program, it hides what loading prints, unless the user has asked to see that.
 is_quiet = __name__ == "__main__" and "TF_CPP_MIN_LOG_LEVEL" not in os.environ
+# MPLBACKEND, which only a window needs, may name what this environment does not have: a notebook's.
+backend = None if "matplotlib" in sys.modules else os.environ.pop("MPLBACKEND", None)
 with quiet() if is_quiet else nullcontext():
-    backend = None
-    if "matplotlib" not in sys.modules:
-        backend = os.environ.pop("MPLBACKEND", None)  # may name a notebook's, unknown here
     import matplotlib.figure
     import matplotlib.style
     import numpy as np
     import tensorflow.compat.v1 as tf
 
-    if backend is not None:
-        os.environ["MPLBACKEND"] = backend
-        with suppress(ValueError):  # then matplotlib chooses one
-            matplotlib.rcParams["backend"] = backend
     if is_quiet:
         tf.config.list_physical_devices("GPU")  # complains once, where there is none
+if backend is not None:
+    os.environ["MPLBACKEND"] = backend
+    with suppress(ValueError):  # unknown: matplotlib chooses another
+        matplotlib.rcParams["backend"] = backend
 
 SIDE = 28  # pixels along an edge of an image
 PIXELS = SIDE * SIDE  # D
 LATENT = 2  # K; the picture and the report need the codes to lie in a plane
-# Units of the layers with ELU, and of the linear ones after them.
+# The layers' units: first those with ELU, then the linear ones.
 ENCODER = ([256, 128, 64], [2 * LATENT])
 DECODERS = {"tutorial": ([256, 128, 64], [4, PIXELS]), "mirrored": ([64, 128, 256], [PIXELS])}
-SHARDS = 2  # parts of a batch that are computed side by side
+SHARDS = 2  # parts of a batch that are computed at the same time
 ITERATIONS = 5000  # a bit over 21 passes over the 60,000 images
 BATCH_SIZE = 256  # images an iteration
 LEARNING_RATE = 0.001  # Adam's own default
-DATA = "data/mnist.npz"  # beside this file
-LOG_EVERY = 100  # iterations from one log line to the next
-CHECKPOINT_EVERY = 500  # iterations, about a second of training
-HERE = Path(globals().get("__file__", "cell")).resolve().parent  # a cell's: where it runs
 
 
 # ---------------------------------------------------------------------------------- model
 def split(batch, shards):
-    """Split a batch into a list of shards: parts that are computed side by side, a thread each.
+    """Split a batch into a list of parts; the last one gets what is left over.
 
-    A second thread makes products this small no faster, but two halves of a batch at the same
-    time take a third less. From here on, `..._shards` is a list with a tensor for each.
+    A second thread makes matrix products this small no faster, but two halves of a batch, a thread
+    each, take a third less time. From here on, `..._shards` is a list with a tensor for each part.
     """
     size = tf.shape(batch)[0] // shards
     return tf.split(batch, [size] * (shards - 1) + [-1])
@@ -110,7 +105,7 @@ def dense(fc_shards, units, layers, activation=None):
     Its variables are named as there (dense/kernel, dense/bias, dense_1/kernel, ...), and
     appended to the list `layers`.
     """
-    op_seed = 2 * len(layers)  # another for each layer; the graph's seed is the other part
+    op_seed = 2 * len(layers)  # another for each layer: so many kernels and biases come before
     glorot = tf.glorot_uniform_initializer(op_seed)
     with tf.variable_scope(None, default_name="dense"):
         kernel = tf.get_variable("kernel", [fc_shards[0].shape[1], units], initializer=glorot)
@@ -137,28 +132,33 @@ def network(fc_shards, sizes, layers):
 def cross_entropy(x, logits):
     """Return equation (2) for r = sigmoid(logits), (B, D), image by image: (B,).
 
-    As softplus(logits) - x logits it stays finite where r rounds to 0 or 1, and its derivative
-    does not vanish there, as that of a clipped logarithm does.
+    With softplus(l) = log(1 + exp(l)), log r = l - softplus(l) and log(1 - r) = -softplus(l). This
+    stays finite where r rounds to 0 or 1, and its gradient does not vanish there, as that of the
+    tutorial's clipped logarithm does.
     """
     return tf.reduce_sum(tf.nn.softplus(logits) - x * logits, axis=1)
 
 
 @tf.custom_gradient
 def total_cross_entropy(x, logits):
-    """Return equation (2) summed over a batch, with a gradient of our own, for speed alone.
+    """Return equation (2) summed over a batch, with its gradient given, which is faster.
 
-    TensorFlow's gradient of a sum needs the shape of what was summed, so each update would
-    compute the losses, though nobody asks for them. With ours it takes a third less time.
+    TensorFlow's own gradient of a sum looks at the shape of what was summed, so that each update
+    would compute the losses, which it has no use for: a third more time.
     """
 
-    def gradient(upstream):  # in x, and in the logits, where it is r - x
+    def gradient(upstream):  # in x and in logits; upstream: that of the trained loss in this sum
         return -upstream * logits, upstream * (tf.sigmoid(logits) - x)
 
     return tf.reduce_sum(cross_entropy(x, logits)), gradient
 
 
 def named_variables(layers, adam, iteration):
-    """Return weights and Adam's state by the names that they have in a graph of their own."""
+    """Return a model's variables by their names in a checkpoint, those in a graph of its own.
+
+    Adam keeps two running means for each weight, m of its gradient and v of the gradient's square,
+    and for all of them the powers beta1^t and beta2^t.
+    """
     beta1_power, beta2_power = [v for v in adam.variables() if v.shape.rank == 0]
     named = {"global_step": iteration, "beta1_power": beta1_power, "beta2_power": beta2_power}
     for i, layer in enumerate(layers):
@@ -204,7 +204,7 @@ class VAE:
 
         # z = mu + sigma * epsilon
         with tf.name_scope("sampler"):
-            # epsilon is a sample from a N(0, 1) distribution, another one for every iteration
+            # epsilon is a sample from a N(0, 1) distribution, which seed and iteration decide
             self.eps = tf.random.stateless_normal([batch_size, LATENT], [seed, self.iteration])
             noise = tf.exp(self.log_sig_sq / 2) * self.eps
         # Random normal variable for decoder :D
@@ -220,18 +220,19 @@ class VAE:
 
         with tf.name_scope("losses"):
             pairs = list(zip(x_shards, logit_shards))
-            self.rec_losses = tf.concat([cross_entropy(*pair) for pair in pairs], axis=0)
-            # reconstruction loss: their mean, by way of the sum with the cheaper gradient
+            # reconstruction loss
             total = tf.add_n([total_cross_entropy(*pair) for pair in pairs])
             self.rec_loss = total / tf.cast(batch_size, tf.float32)
+            # the same for each image; computed only if somebody fetches it, as `evaluate` does
+            self.rec_losses = tf.concat([cross_entropy(*pair) for pair in pairs], axis=0)
             # KLD( (mu, sigma) , N(0,1) ) = .5 (tr(sigma2) + mu^T mu - k - log det(sigma2))
             terms = tf.exp(self.log_sig_sq) + tf.square(self.mu) - 1.0 - self.log_sig_sq
             self.klds = 0.5 * tf.reduce_sum(terms, axis=1)
             self.kld = tf.reduce_mean(self.klds)
             self.loss = self.kld + self.rec_loss
 
-        # The tutorial's text leaves out how the model is trained: by Adam as it is by default.
-        # It counts `iteration` up. GATE_GRAPH: no weight changes while a gradient may read it.
+        # The tutorial's text leaves out the method `step`, and the optimizer: Adam, by default.
+        # It adds 1 to `iteration`. GATE_GRAPH: weights change after all gradients are computed.
         adam = tf.train.AdamOptimizer(learning_rate)
         self.weights = [layer[part] for layer in self.layers for part in ("kernel", "bias")]
         with tf.name_scope("adam"):
@@ -243,7 +244,6 @@ class VAE:
 
     def step(self, batch, sess):
         """Make one update on batch, (B, 784) in [0, 1]; return kld, rec_loss from before it."""
-        # The tutorial calls it, but its text leaves it out.
         _, kld, rec_loss = sess.run([self.opt, self.kld, self.rec_loss], {self.x: batch})
         return float(kld), float(rec_loss)
 
@@ -270,21 +270,19 @@ def display_manifold(model, sess, path="latent.png"):
     grid_x = np.linspace(-2, 2, n)
     grid_y = np.linspace(-2, 2, n)[::-1]
     for i, yi in enumerate(grid_y):
-        z = [[xi, yi] for xi in grid_x]
-        figure[i * SIDE : (i + 1) * SIDE] = np.hstack(model.decode(z, sess))  # side by side
+        digits = model.decode([[xi, yi] for xi in grid_x], sess)  # (30, 28, 28)
+        figure[i * SIDE : (i + 1) * SIDE] = np.concatenate(digits, axis=1)  # (28, 840)
 
     left, bottom, width, height = 70, 60, size + 90, size + 80  # pixels of the file
     fig = matplotlib.figure.Figure(figsize=(width / 100, height / 100), dpi=100)
     fig.figimage(matplotlib.colormaps["Greys_r"](figure, bytes=True), left, bottom)  # unscaled
     area = (left / width, bottom / height, size / width, size / height)
     axes = fig.add_axes(area, facecolor="none")
-    axes.set(xlabel="z[0]", ylabel="z[1]", xlim=(-0.5, size - 0.5), ylim=(size - 0.5, -0.5))
+    edge = 2 + 2 / (n - 1)  # the outermost images have their centres at 2, and half beyond
+    axes.set(xlabel="z[0]", ylabel="z[1]", xlim=(-edge, edge), ylim=(-edge, edge))
+    axes.set(xticks=np.linspace(-2, 2, 9), yticks=np.linspace(-2, 2, 9))
     axes.spines[:].set_position(("outward", 3))  # on the edge they would cover pixels
     axes.spines[["top", "right"]].set_visible(False)
-    coordinates = np.linspace(-2, 2, 9)
-    ticks = (coordinates + 2) / 4 * (n - 1) * SIDE + (SIDE - 1) / 2  # centres of the images
-    axes.set_xticks(ticks, coordinates)
-    axes.set_yticks(ticks[::-1], coordinates)
     fig.savefig(path, format="png")
     return figure
 
@@ -304,50 +302,55 @@ def scale(images):
 def random_batches(x_train, batch_size=BATCH_SIZE, seed=0, first=0):
     """Yield the batches of the iterations first, first + 1, ..., float32 (B, D) in [0, 1].
 
-    Images are drawn with replacement; the seed and the iteration decide which.
+    Drawn with replacement; seed and iteration decide which. `first` is above 0 in a resumed run.
     """
     rng = np.random.default_rng(seed)
     for i in itertools.count():
         batch_idx = rng.integers(len(x_train), size=batch_size)
-        if i >= first:  # the others were used before the run was resumed
+        if i >= first:
             yield scale(x_train[batch_idx])
 
 
 # ------------------------------------------------------------------------------- training
-def train(model, sess, x_train, run, log_every, checkpoint_every, stopped=()):
-    """Make the updates run.made to run.wanted - 1; save on the way, at the end, once stopped.
+def train(model, sess, x_train, run, log_every, checkpoint_every, stopped):
+    """Make the updates that a run still lacks, as the loop of the tutorial's main block does.
 
-    `run` is a `Run`; `stopped` is a list, empty until a signal (Ctrl-C) puts its number there.
+    `run`, a `Run` (further down), knows its settings and how many updates were made, keeps the
+    log and saves checkpoints. `stopped` is a list, empty until Ctrl-C or another signal puts its
+    number there: then the iteration is completed, saved, and the last one.
     """
-    # Between two log lines nobody fetches the losses, and graph mode leaves them out.
+    # sess.run(model.opt, {model.x: batch}), prepared once. It fetches, and so computes, no losses.
     update = sess.make_callable(model.opt, feed_list=[model.x])
     batches = random_batches(x_train, run.settings["batch_size"], run.settings["seed"], run.made)
     for i, x_batch in zip(run.iterations(), batches):
         if i % log_every == 0:
             kld, rec_loss = model.step(x_batch, sess)
             run.log(i, kld, rec_loss)
-            if not stopped:  # if the terminal was closed, print would fail
+            if not stopped:  # perhaps since the terminal was closed: nothing can be printed
                 print(f"Iteration {i}: KLD = {kld:f}, RecLoss = {rec_loss:f}", flush=True)
         else:
             update(x_batch)
         run.made = i + 1
         if run.made % checkpoint_every == 0 or run.finished or stopped:
-            # Weights with which the losses are not finite any more are not saved.
+            # Weights whose losses are not finite any more are not saved.
             run.check(run.made, *sess.run([model.kld, model.rec_loss], {model.x: x_batch}))
             run.save(model, sess)
-            if stopped:  # perhaps during the save: all that was trained is saved
+            if stopped:  # perhaps during the save
                 break
 
 
 # ==================================================================== beyond the tutorial
 # ----------------------------------------------------------------------------- data files
-ARRAYS = ("x_train", "y_train", "x_test", "y_test")
+# The directory of this file, or the current one, if the text stands in a notebook's cell.
+HERE = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()
+DATA = "data/mnist.npz"  # there
+ARRAYS = ("x_train", "y_train", "x_test", "y_test")  # in such a file
 RECIPE = 'README has a recipe, "Other data"'
 FILE_KINDS = {b"\x1f\x8b": "a gzip file", b"\x93N": "a single array", b"\x80\x04": "a pickle"}
 
 
 def kind_of_file(start):
-    """Say what a file is that begins with some bytes, and is no .npz archive."""
+    """Say what a file is, by its first bytes, that is no .npz archive."""
     if not start:
         return "an empty file"
     if start[:2] in FILE_KINDS:
@@ -361,20 +364,22 @@ def read_archive(path):
         start = file.read(64)
         if not start.startswith(b"PK"):
             raise ValueError(f"is no .npz archive, but {kind_of_file(start)}; {RECIPE}")
-        name = "it"
+        being_read = "the archive"  # for the messages
+        arrays = {}
         try:
             archive = np.lib.npyio.NpzFile(file, allow_pickle=False)
-            arrays = {}
-            for name in [name for name in ARRAYS if name in archive.files]:
-                arrays[name] = np.asarray(archive[name])
-        except OSError as error:  # of the machine
+            for name in ARRAYS:
+                if name in archive.files:
+                    being_read = name
+                    arrays[name] = np.asarray(archive[name])
+        except OSError as error:  # the machine's fault
             raise OSError(error.errno, error.strerror, str(path)) from error
-        except MemoryError as error:
-            raise MemoryError(f"{path}: {error}") from error
-        except Exception as error:  # of the file: NumPy, zipfile and zlib raise what they like
+        except MemoryError:
+            raise
+        except Exception as error:  # the file's: NumPy, zipfile and zlib raise what they like
             if "Object arrays" in str(error):
-                raise ValueError(f"{name} holds Python objects; expected integers") from error
-            raise ValueError(f"{name} is damaged or truncated: {error}") from error
+                raise ValueError(f"{being_read} holds Python objects; expected integers") from error
+            raise ValueError(f"{being_read} is damaged or truncated: {error}") from error
     if "x_train" not in arrays or "x_test" not in arrays:
         found = ", ".join(archive.files) or "no arrays"
         raise ValueError(f"has {found}; expected {', '.join(ARRAYS)}; {RECIPE}")
@@ -389,7 +394,7 @@ def checked_images(name, images):
         raise ValueError(f"{name} is {images.dtype} {images.shape}; {expected}; {RECIPE}")
     low = images.min()
     high = images.max()
-    if low < 0 or high > 255 or high < 2:
+    if low < 0 or high > 255 or high < 2:  # up to 1 it would be black and white, or scaled
         raise ValueError(f"{name} has values from {low} to {high}; expected grey from 0 to 255")
     return np.ascontiguousarray(images.reshape(-1, SIDE, SIDE), np.uint8)
 
@@ -405,15 +410,16 @@ def checked_labels(name, labels, count):
 def load_mnist(path=None):
     """Load MNIST, or a data set of its form, from an .npz archive.
 
-    Default: `data/mnist.npz` beside this module; where that is missing, what
-    `tf.keras.datasets.mnist.load_data()` has or downloads.
+    Without a path it is `data/mnist.npz` beside this module, or, if that is missing, what
+    `tf.keras.datasets.mnist.load_data()` finds in its cache or downloads.
 
-    Returns (x_train, y_train), (x_test, y_test): images, uint8 (N, 28, 28) from 0 to 255, and
-    labels, integers (N,). Images (N, 28, 28, 1) or (N, 784), of any integer type, and labels
-    (N, 1) are brought into that form; labels may be missing, then all are 0.
+    Returns (x_train, y_train), (x_test, y_test): images, uint8 (N, 28, 28) from 0 to 255,
+    and labels, integers (N,). Images (N, 28, 28, 1) or (N, 784), of any integer type, and
+    labels (N, 1) are brought into that form. Without labels in the file, all are 0.
 
-    Raises OSError if there is no such file, or none at all and no download; MemoryError;
-    ValueError, which says what was found and expected, if the file holds something else.
+    Raises OSError if the file cannot be read, or if there is none and no download;
+    ValueError, which says what was found and what was expected, if it holds something
+    else.
     """
     if path is None:
         path = HERE / DATA
@@ -449,7 +455,7 @@ def shard_count():
 
 
 def session(shards=SHARDS):
-    """Open a session on the current graph, with a thread for each shard of its model."""
+    """Open a session on the current graph; a thread computes each of several shards."""
     config = tf.ConfigProto()
     config.gpu_options.allow_growth = True  # take memory as it is needed
     if shards > 1:
@@ -475,14 +481,16 @@ def one_line(error):
     """Return what an exception says, in one line."""
     text = str(error)
     if isinstance(error, tf.errors.OpError):
-        text = error.message.split("\n\t [[")[0].splitlines()[-1]  # without where in the graph
+        text = error.message.split("\n\t [[")[0]  # then it says where in the graph
+        text = text.strip().split("\n")[-1]
     elif isinstance(error, OSError) and error.strerror:
-        text = f"{error.filename or 'standard output'}: {error.strerror}"  # print names none
+        name = error.filename or "standard output"  # an error of print has no name
+        text = f"{name}: {error.strerror}"
     return " ".join(text.split())
 
 
 def progress(first, last):
-    """Yield the iterations from first to last; a terminal shows the share done and time left."""
+    """Yield the numbers from first up to last - 1; a terminal shows the share and time left."""
     on_terminal = sys.stderr is not None and sys.stderr.isatty()
     start = time.monotonic()
     shown = start
@@ -503,13 +511,13 @@ def progress(first, last):
 
 @contextmanager
 def stop_signals():
-    """Yield a list, to which the first SIGINT, SIGTERM or SIGHUP appends its number.
+    """Yield a list, to which SIGINT, SIGTERM and SIGHUP append their numbers.
 
-    That gives the signal's previous handler back, so the same one again does what it did before;
-    in the end all have theirs. One that was ignored stays ignored.
+    Each does so once: if it comes again, it does what it did before. In the end all have
+    their handlers of before. A signal that was ignored stays ignored.
     """
     stopped = []
-    previous = {}  # handlers
+    previous = {}  # the handlers, by number
 
     def note(number, _frame):
         stopped.append(number)
@@ -528,9 +536,12 @@ def stop_signals():
 
 
 # ------------------------------------------------------------------------ the run on disk
-SETTINGS = ("decoder", "seed", "batch_size", "learning_rate", "shards")  # that decide each bit
-MNIST = "sha256:741c988805d008ac6e4c904b69001ba184c24b2c540a4ef403f4c71b676cf757"  # its images
-RESULTS = ("latent.png", "explore.html", "metrics.json", "report.png")  # of the newest checkpoint
+# The options which, with the data, decide every bit of a run's result:
+SETTINGS = ("decoder", "seed", "batch_size", "learning_rate", "shards")
+# What a run writes about its newest checkpoint:
+RESULTS = ("latent.png", "explore.html", "metrics.json", "report.png")
+# The hash of MNIST's training images:
+MNIST = "sha256:741c988805d008ac6e4c904b69001ba184c24b2c540a4ef403f4c71b676cf757"
 
 
 class CheckpointError(ValueError):
@@ -539,7 +550,7 @@ class CheckpointError(ValueError):
 
 @contextmanager
 def locked(directory):
-    """Keep other runs out of a directory; the lock ends with the process, even a killed one."""
+    """Keep other runs out of a directory; the lock ends with the process, even if it is killed."""
     descriptor = None
     try:
         import fcntl
@@ -548,7 +559,7 @@ def locked(directory):
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         os.close(descriptor)
-        raise ValueError(f"{directory.parent}: another run is at work there") from error
+        raise ValueError(f"{directory}: another run is at work there") from error
     except (ImportError, OSError):
         pass  # Windows and some file systems have no such locks
     try:
@@ -558,26 +569,26 @@ def locked(directory):
             os.close(descriptor)
 
 
+def file_error(error, path):
+    """Return an OSError that says which file it is about."""
+    reason = error.strerror or str(error)
+    if isinstance(error, PermissionError) and os.path.exists(path):
+        reason += "; is it open in another program?"  # Windows forbids to replace it then
+    return OSError(error.errno, reason, str(path))
+
+
 def to_disk(path):
     """Wait until a file is on the disk, so that a power cut does not take it back."""
     try:
         with open(path, "r+b") as file:
             os.fsync(file.fileno())
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
-
-
-def named(error, path):
-    """Return an OSError that names the file which it is about."""
-    reason = error.strerror or str(error)
-    if isinstance(error, PermissionError) and os.path.exists(path):
-        reason += "; is it open in another program?"  # as a table is on Windows
-    return OSError(error.errno, reason, str(path))
+        raise file_error(error, path) from error
 
 
 @contextmanager
 def whole_file(path):
-    """Yield a temporary name; what was written there then takes a file's place, in one step."""
+    """Yield a temporary name; what was written under it then takes the path's place at once."""
     temporary = Path(f"{path}.tmp")
     try:
         yield temporary
@@ -587,22 +598,27 @@ def whole_file(path):
         with suppress(OSError):
             temporary.unlink()
         if isinstance(error, OSError):
-            raise named(error, path) from error
+            raise file_error(error, path) from error
         raise
 
 
 @dataclass
 class Run:
-    """A training run, and where it stands; run.json records all of it but the directory."""
+    """A training run, and where it stands; run.json records all of it but the directory.
+
+    log.csv is written after run.json. So run.json also has the newest lines, and the
+    length of log.csv before them: if a kill comes in between, they are written when the
+    run is resumed.
+    """
 
     directory: Path
-    settings: dict  # SETTINGS and "data", a hash of the images, by name
-    data_file: str  # where these are from
-    wanted: int  # iterations
-    made: int = 0  # iterations
-    log_size: int = 0  # bytes of log.csv after which the new lines come
-    new_lines: list = field(default_factory=list)  # of log.csv, which it may not have yet
-    checkpoint_name: str = ""  # of the newest one
+    settings: dict  # SETTINGS, and "data", the hash of the training images
+    data_file: str  # the file that has these
+    wanted: int  # how many iterations are to be made in all
+    made: int = 0  # how many are made
+    log_size: int = 0  # how many bytes of log.csv come before the new lines
+    new_lines: list = field(default_factory=list)  # those since the checkpoint before
+    checkpoint_name: str = ""  # the newest checkpoint's
 
     @property
     def finished(self):
@@ -615,10 +631,11 @@ class Run:
 
     @property
     def has_digits(self):
+        """Whether the data are MNIST; of others the page and the report do not say "digit"."""
         return self.settings["data"] == MNIST
 
     def iterations(self):
-        """Yield the iterations that are still to be made."""
+        """Yield the numbers of the iterations that are still to be made."""
         return progress(self.made, self.wanted)
 
     def check(self, iteration, kld, rec_loss):
@@ -630,19 +647,20 @@ class Run:
             )
 
     def log(self, iteration, kld, rec_loss):
-        """Note the losses of an iteration, to be saved with the next checkpoint."""
+        """Keep the losses of an iteration, for log.csv, until the next checkpoint."""
         self.check(iteration, kld, rec_loss)
         self.new_lines.append(f"{iteration},{kld!r},{rec_loss!r}\n")
 
     def save(self, model, sess):
-        """Save the variables, then what refers to them.
+        """Save a checkpoint, in such an order that a kill or a power cut never does harm.
 
-        At every moment run.json names a whole checkpoint, and says which lines of log.csv belong
-        to it: who resumes the run after a kill, or a power cut, loses what came later, no more.
+        At every moment run.json names a checkpoint that is whole, and says which lines of
+        log.csv belong to it. Whoever resumes the run loses what came after that, no more.
         """
         folder = self.directory / "checkpoint"
         folder.mkdir(parents=True, exist_ok=True)
-        # 1. The variables go to the one of two names that run.json does not name.
+        # 1. The variables are saved under that one of two names which run.json does not
+        # have.
         name = "vae_mnist-b" if self.checkpoint_name == "vae_mnist-a" else "vae_mnist-a"
         for path in folder.glob(f"{name}.*"):  # older, or left by a save that was killed
             path.unlink()
@@ -650,19 +668,15 @@ class Run:
             model.saver.save(sess, f"{folder}/{name}", write_meta_graph=False, write_state=False)
         for path in folder.glob(f"{name}.*"):
             to_disk(path)
-        # 2. What shows older variables goes.
+        # 2. Results that show the older checkpoint are removed.
         for result in RESULTS:
             (self.directory / result).unlink(missing_ok=True)
-        # 3. run.json names the new ones, in one step.
+        # 3. run.json names the new checkpoint; it is replaced at once.
         self.checkpoint_name = name
         self.write()
 
     def write(self):
-        """Write run.json, then what follows from it: log.csv, and TensorFlow's own record.
-
-        run.json has log_size and new_lines as they are before log.csv is touched: after a kill in
-        between, resuming calls this again, and the same lines are cut off and appended.
-        """
+        """Write run.json, then what follows from it: log.csv, and TensorFlow's own record."""
         folder = self.directory / "checkpoint"
         record = {name: value for name, value in vars(self).items() if name != "directory"}
         with whole_file(folder / "run.json") as temporary:
@@ -672,7 +686,7 @@ class Run:
             temporary.write_text(f'model_checkpoint_path: "{self.checkpoint_name}"\n')
 
     def write_log(self):
-        """Cut log.csv off where the newest lines begin, and write these."""
+        """Cut off log.csv where the new lines begin, and append these."""
         path = self.directory / "log.csv"
         try:
             with open(path, "ab") as file:
@@ -685,11 +699,11 @@ class Run:
                 self.log_size = file.tell()
                 self.new_lines = []
         except OSError as error:
-            raise named(error, path) from error
+            raise file_error(error, path) from error
 
 
 def read_run(folder):
-    """Return the run whose newest checkpoint is in a folder, None if there is none."""
+    """Return the run that run.json in a folder records, or None if there is no such file."""
     path = Path(folder) / "run.json"
     if not path.exists():
         return None
@@ -740,12 +754,12 @@ def resume(args, settings):
             "other images; give its file with --data"
         )
     for name in SETTINGS:
+        asked = settings[name]
         recorded = run.settings[name]
-        if settings[name] not in (None, recorded):  # None: --shards was not given
+        if asked is not None and asked != recorded:  # --shards is None where it was not given
             option = f"--{name.replace('_', '-')}"
             raise ValueError(
-                f"--resume: {option} is {settings[name]}, but the run in {args.output_dir} "
-                f"has {recorded}"
+                f"--resume: {option} is {asked}, but the run in {args.output_dir} has {recorded}"
             )
     run.wanted = max(args.iterations or run.wanted, run.made)
     return run
@@ -753,10 +767,11 @@ def resume(args, settings):
 
 # ------------------------------------------------------------------------ a trained model
 def give_values(variables, values, sess):
-    """Set variables to their values, or to the initial one where it is None.
+    """Set each variable to its value, or to its initial value where that is None.
 
-    An initializer assigns its input 1 to its variable; feeding it assigns another value, and
-    leaves no operation behind in the graph.
+    A variable's initializer is an operation that assigns its second input to it. Another
+    value is fed for that input; `tf.assign` would leave one more operation in the graph
+    with every call.
     """
     feed = {}
     for variable, value in zip(variables, values):
@@ -768,10 +783,11 @@ def give_values(variables, values, sess):
 def restore(model, sess, path):
     """Load a checkpoint into the variables of a model.
 
-    `path` is a directory such as outputs/checkpoint, whose newest checkpoint is meant, or the
-    name of one, as `tf.train.latest_checkpoint` returns it. What a checkpoint lacks, as one of
-    the tutorial's own program does, is initialized. Raises ValueError if there is none, or if it
-    is damaged or of another network; then no variable has changed.
+    `path` is a directory such as outputs/checkpoint, of which the newest checkpoint is
+    taken, or the name of a checkpoint, as `tf.train.latest_checkpoint` returns it. Adam's
+    variables and `iteration` get their initial values where a checkpoint lacks them, as
+    one of the tutorial's own program may. Raises ValueError if there is no checkpoint, or
+    if it is damaged or of another network; then no variable has changed.
     """
     run = read_run(path)
     if run is not None:
@@ -792,12 +808,14 @@ def restore(model, sess, path):
         reader = tf.train.load_checkpoint(name)
         shapes = reader.get_variable_to_shape_map()
         for variable_name, variable in model.variables.items():
-            expected = variable.shape.as_list()
             found = shapes.get(variable_name)
-            needed = variable_name.endswith(("kernel", "bias"))
-            if found != expected and (needed or found is not None):
+            if found is None and not variable_name.endswith(("kernel", "bias")):
+                values.append(None)  # the state of an optimizer may be missing
+                continue
+            expected = variable.shape.as_list()
+            if found != expected:
                 raise ValueError(f"of another network: {variable_name} is {found}, not {expected}")
-            values.append(None if found is None else reader.get_tensor(variable_name))
+            values.append(reader.get_tensor(variable_name))
     except (tf.errors.OpError, RuntimeError, LookupError, ValueError) as error:
         raise CheckpointError(f"{name}: not a checkpoint to use: {one_line(error)}") from error
     give_values(model.variables.values(), values, sess)
@@ -817,8 +835,8 @@ def build_model(settings):
 def trained(directory="outputs"):
     """Open the model of a run, finished or not: `with trained("outputs") as (model, sess):`.
 
-    `directory` is the run's, or one with a checkpoint in it. Where there is no record of a run,
-    the model is the tutorial's. Raises what `restore` raises.
+    `directory` is the run's, or one with a checkpoint in it. Where there is no record of
+    a run, the model is the tutorial's. Raises what `restore` raises.
     """
     folder = Path(directory) / "checkpoint"
     if not folder.is_dir():
@@ -833,7 +851,7 @@ def trained(directory="outputs"):
 
 @contextmanager
 def without_warnings():
-    """Hide TensorFlow's warnings, of what it calls deprecated and has no successor in a graph."""
+    """Hide TensorFlow's warnings: what it calls deprecated has no successor in graph mode."""
     verbosity = tf.logging.get_verbosity()
     tf.logging.set_verbosity(tf.logging.ERROR)
     try:
@@ -845,9 +863,10 @@ def without_warnings():
 def export(model, sess, directory):
     """Write a SavedModel, which other programs use without this module.
 
-    Its signature `encode` makes mu and log_sig_sq, (B, 2), of x, (B, 784) in [0, 1]; `decode`
-    makes rec, (B, 784) in [0, 1], of z, (B, 2). The graph is a new one, for use alone: without
-    sampler, losses, optimizer and shards. Raises FileExistsError if the directory exists.
+    Its signature `encode` makes mu and log_sig_sq, (B, 2), of x, (B, 784) in [0, 1];
+    `decode` makes rec, (B, 784) in [0, 1], of z, (B, 2). The graph is a new one, for use
+    alone: without sampler, losses, optimizer and shards. Raises FileExistsError if the
+    directory exists.
     """
     directory = Path(directory)
     if directory.exists():
@@ -858,16 +877,17 @@ def export(model, sess, directory):
         layers = []
         x = tf.placeholder(tf.float32, [None, PIXELS], name="x")
         z = tf.placeholder(tf.float32, [None, LATENT], name="z")
-        (fc,) = network([x], ENCODER, layers)
+        (fc,) = network([x], ENCODER, layers)  # one shard, the whole batch
         (logits,) = network([z], DECODERS[model.decoder], layers)
-        give_values(tf.trainable_variables(), values, new_sess)
+        weights = [layer[part] for layer in layers for part in ("kernel", "bias")]
+        give_values(weights, values, new_sess)
         code = {"mu": fc[:, :LATENT], "log_sig_sq": fc[:, LATENT:]}
         signature = tf.saved_model.predict_signature_def
         signatures = {
             "encode": signature({"x": x}, code),
             "decode": signature({"z": z}, {"rec": tf.sigmoid(logits)}),
         }
-        with TemporaryDirectory(dir=directory.parent) as beside:
+        with TemporaryDirectory(dir=directory.parent) as beside:  # whole, or not there
             builder = tf.saved_model.Builder(f"{beside}/model")
             builder.add_meta_graph_and_variables(new_sess, ["serve"], signatures)
             builder.save()
@@ -875,53 +895,66 @@ def export(model, sess, directory):
 
 
 # --------------------------------------------------------------------- what it has learnt
-SAMPLES = 20  # of z for an image
-# Petroff's ten colours that colour-blind people can tell apart, arXiv:2107.02270, but for three
-# that would not be seen on black or beside the page's glow. Digits that overlap on the plane,
-# such as 3, 5 and 8, or 4, 7 and 9, have colours that are far apart.
+# Ten colours that colour-blind people can tell apart (Petroff, arXiv:2107.02270); three
+# of his are replaced, which would not be seen on black or beside the page's glow. They
+# are ordered so that digits which overlap on the plane, such as 3, 5 and 8, or 4, 7 and
+# 9, differ most.
 COLOURS = [
     "#3f90da", "#b9ac70", "#a96b59", "#c1fdc4", "#92dadd",
     "#6634f8", "#94a4a2", "#717581", "#d1041a", "#e76300",
 ]  # fmt: skip
 
 
-def evaluate(model, sess, images, seed=0, reach=5.5, step=0.05):
+def sampled_losses(model, sess, x, seed, samples):
+    """Return RecLoss, averaged over samples of z for each image of x, and KLD, float64 (N,)."""
+    rng = np.random.default_rng(seed)
+    mu, log_sig_sq, kld = sess.run([model.mu, model.log_sig_sq, model.klds], {model.x: x})
+    rec_loss = np.zeros(len(x))
+    for _ in range(samples):
+        z = mu + np.exp(log_sig_sq / 2) * rng.standard_normal(mu.shape)
+        rec_loss += sess.run(model.rec_losses, {model.x: x, model.z: z}) / samples
+    return rec_loss, kld.astype(np.float64)
+
+
+def log_likelihood(model, sess, x, reach, step):
+    """Return log p(x), float64 (N,), of images x, (N, D) in [0, 1].
+
+    p(x) is the integral of p(x, z) = p(z) p(x | z) over the plane: nearly the sum of p(x,
+    z) over the codes of a grid, times the area that each of them stands for. The
+    probabilities are far too small for a float; so log sum exp(a) is computed as max(a) +
+    log sum exp(a - max(a)).
+    """
+    coordinates = np.linspace(-reach, reach, round(2 * reach / step) + 1)
+    codes = np.stack(np.meshgrid(coordinates, coordinates), axis=-1).reshape(-1, LATENT)
+    codes = codes[np.sum(codes**2, axis=1) <= reach**2]  # a disc: p(z) is round
+    log_sum = np.full(len(x), -np.inf)
+    for z in np.array_split(codes, 1 + len(codes) // 400):  # a few at a time take little memory
+        logits = sess.run(model.logits, {model.z: z})
+        log_pz = -np.sum(z**2, axis=1) / 2 - np.log(2 * np.pi)
+        # log p(x | z) = -RecLoss = x logits - softplus(logits), summed over the pixels
+        of_z = log_pz - np.sum(np.logaddexp(0, logits), axis=1)  # what does not depend on x
+        log_joint = logits @ x.T + of_z[:, None].astype(np.float32)  # log p(x, z), (codes, N)
+        highest = np.max(log_joint, axis=0)
+        total = np.sum(np.exp(log_joint - highest), axis=0)
+        log_sum = np.logaddexp(log_sum, highest + np.log(total))
+    area = (coordinates[1] - coordinates[0]) ** 2
+    return log_sum + np.log(area)
+
+
+def evaluate(model, sess, images, seed=0, samples=20, reach=5.5, step=0.05):
     """Measure what a model has learnt of images, uint8 (N, 28, 28), in nats an image.
 
     Returns arrays (N,), float64, by name:
-    "RecLoss": equation (2), averaged over 20 samples of z for each image, which `seed` decides.
+    "RecLoss": equation (2), averaged over samples of z for each image, which `seed` decides.
     "KLD": equation (1).  "-ELBO": their sum.
-    "NLL": -log p(x), where p(x) is the integral of N(z; 0, I) p(x | z) dz, here a sum over the
-    codes of a grid, `step` apart, in a disc of radius `reach`.
-    "KL(q || p)": -ELBO - NLL, the divergence of the encoder's q(z | x) from the exact p(z | x).
+    "NLL": the negative log-likelihood -log p(x), from a grid of codes, `step` apart, in a disc of
+    radius `reach`.
+    "KL(q || p)": -ELBO - NLL, which equals the divergence of the encoder's q(z | x) from p(z | x).
     """
     x = scale(images)
-    rng = np.random.default_rng(seed)
-    mu, log_sig_sq, kld = sess.run([model.mu, model.log_sig_sq, model.klds], {model.x: x})
-    kld = kld.astype(np.float64)
-    rec_loss = np.zeros(len(x))
-    for _ in range(SAMPLES):
-        eps = rng.standard_normal(mu.shape)
-        z = mu + np.exp(log_sig_sq / 2) * eps
-        rec_loss += sess.run(model.rec_losses, {model.x: x, model.z: z}) / SAMPLES
-
-    coordinates = np.linspace(-reach, reach, round(2 * reach / step) + 1)
-    area = (coordinates[1] - coordinates[0]) ** 2
-    codes = np.stack(np.meshgrid(coordinates, coordinates), axis=-1).reshape(-1, LATENT)
-    codes = codes[np.sum(codes**2, axis=1) <= reach**2]
-    # log p(x, z) = log p(z) - RecLoss, where RecLoss = sum softplus(logits) - x logits; its
-    # exponentials are summed over all codes, the highest taken out, or they would all be 0.
-    log_px = np.full(len(x), -np.inf)
-    for z in np.array_split(codes, 1 + len(codes) // 400):  # so many at a time take little memory
-        logits = sess.run(model.logits, {model.z: z})
-        log_pz = -np.sum(z**2, axis=1) / 2 - np.log(2 * np.pi)
-        offset = log_pz - np.sum(np.logaddexp(0, logits), axis=1)  # logaddexp(0, .): softplus
-        log_joint = logits @ x.T + offset[:, None].astype(np.float32)  # log p(x, z), (codes, N)
-        highest = np.max(log_joint, axis=0)
-        total = np.sum(np.exp(log_joint - highest), axis=0)
-        log_px = np.logaddexp(log_px, highest + np.log(total))
-    nll = -log_px - np.log(area)  # each code stands for so much of the plane
+    rec_loss, kld = sampled_losses(model, sess, x, seed, samples)
     bound = rec_loss + kld
+    nll = -log_likelihood(model, sess, x, reach, step)
     return {"RecLoss": rec_loss, "KLD": kld, "-ELBO": bound, "NLL": nll, "KL(q || p)": bound - nll}
 
 
@@ -956,38 +989,48 @@ def page_layers(layers, sess):
     return found
 
 
+def grid_offsets(model, sess, grid):
+    """Return log p(x, z) without the terms that depend on x, and constants, for a grid of codes."""
+    offsets = []
+    for y in grid[::-1]:  # from the top
+        z = np.stack([grid, np.full(len(grid), y)], axis=1)
+        logits = sess.run(model.logits, {model.z: z})
+        offsets.append(-np.sum(np.logaddexp(0, logits), axis=1) - np.sum(z**2, axis=1) / 2)
+    return np.concatenate(offsets).astype(np.float32)
+
+
 def page_numbers(model, sess, test, run):
-    """Return what the page needs to know of a run, by name."""
+    """Return what the page needs to know of a run, by name; arrays as `encode_array` has them."""
     images, labels = (part[:10000] for part in test)
     shown = [np.flatnonzero(labels == label)[:2] for label in ten_classes(labels)]
     shown = np.concatenate(shown)
-    gaps = evaluate(model, sess, images[shown], reach=4.5, step=0.1)["KL(q || p)"]
+    divergences = evaluate(model, sess, images[shown], reach=4.5, step=0.1)["KL(q || p)"]
     codes = []
     losses = []
-    for part in np.array_split(images, 100):  # a few at a time take little memory
+    for part in np.array_split(images, 100):
         x = scale(part)
         mu, rec_losses, klds = sess.run([model.mu, model.rec_losses, model.klds], {model.x: x})
         codes.append(mu)
         losses.append(rec_losses + klds)
     grid = np.linspace(-4.5, 4.5, 121)
-    offsets = []
-    for y in grid[::-1]:
-        z = np.stack([grid, np.full(len(grid), y)], axis=1)
-        logits = sess.run(model.logits, {model.z: z})
-        offsets.append(-np.sum(np.logaddexp(0, logits), axis=1) - np.sum(z**2, axis=1) / 2)
     return {
         "run": run.title,
-        "kind": "digit" if run.has_digits else "image",
+        "kind": "digit" if run.has_digits else "image",  # what to call an image
         "encoder": page_layers(model.layers[: model.encoder_depth], sess),
         "decoder": page_layers(model.layers[model.encoder_depth :], sess),
+        # mu and the label of each test image, and a colour for each label
         "codes": encode_array(np.concatenate(codes)),
         "labels": labels.tolist(),
         "colours": label_colours(labels),
+        # some of the test images, their labels, and the number of the one that is picked
+        # at first
         "images": encode_array(images[shown]),
         "shown": labels[shown].tolist(),
-        "picked": int(np.argmax(gaps)),
+        "picked": int(np.argmax(divergences)),
+        # n x n codes over [-reach, reach] in both dimensions, by rows
         "grid": {"n": len(grid), "reach": grid[-1]},
-        "offset": encode_array(np.concatenate(offsets).astype(np.float32)),
+        "offset": encode_array(grid_offsets(model, sess, grid)),
+        # what 5, 50 and 95 % of the test images stay below
         "losses": np.quantile(np.concatenate(losses), [0.05, 0.5, 0.95]).tolist(),
     }
 
@@ -995,10 +1038,10 @@ def page_numbers(model, sess, test, run):
 def explore(model, sess, test, run):
     """Write explore.html, the frame in data/ with a run's numbers; return its path, or None."""
     frame = HERE / "data" / "explore.html"
-    if not frame.exists():  # the module stands alone
+    if not frame.exists():  # the module was copied without it
         return None
     text = json.dumps(page_numbers(model, sess, test, run))
-    content = frame.read_bytes().replace(b">null<", f">{text}<".encode())
+    content = frame.read_bytes().replace(b">null<", f">{text}<".encode())  # null: their place
     path = run.directory / "explore.html"
     with whole_file(path) as temporary:
         temporary.write_bytes(content)
@@ -1010,20 +1053,19 @@ def draw_codes(axes, mu, labels, kld, kind):
     colours = label_colours(labels)
     axes.scatter(*mu.T, s=2, linewidth=0, c=[colours[label] for label in labels.tolist()])
     if len(colours) <= len(COLOURS):
-        for label, colour in colours.items():
-            axes.scatter(
-                [], [], c=colour, edgecolor="black", label=label
-            )  # an entry of the legend alone
+        for label, colour in colours.items():  # no dots, but entries of the legend
+            axes.scatter([], [], c=colour, edgecolor="black", label=label)
         axes.legend(title=kind, loc="upper left", bbox_to_anchor=(1, 1))
     else:
-        ticks = ten_classes(labels)
+        named = ten_classes(labels)  # of the bar's equal parts, one for each label
+        parts = np.searchsorted(list(colours), named)
         bar = axes.figure.colorbar(
             matplotlib.cm.ScalarMappable(cmap=matplotlib.colors.ListedColormap(colours.values())),
             ax=axes,
             label=kind,
-            ticks=(np.searchsorted(list(colours), ticks) + 0.5) / len(colours),
+            ticks=(parts + 0.5) / len(colours),
         )
-        bar.set_ticklabels(ticks)
+        bar.set_ticklabels(named)
     axes.set_facecolor("black")  # on which all of the colours are seen
     square = matplotlib.patches.Rectangle((-2, -2), 4, 4, fill=False, edgecolor="white")
     axes.add_patch(square)
@@ -1049,9 +1091,14 @@ def draw_sheet(axes, model, sess, test, mu, rec_loss, kind):
     axes.set_yticks(np.arange(len(classes)) * 2 * SIDE + SIDE - 0.5, classes)
 
 
-def draw_losses(axes, log):
-    """Draw the losses of a log, rows of iteration, KLD and RecLoss."""
-    iterations, kld, rec_loss = log.T
+def draw_losses(axes, path):
+    """Draw the losses in log.csv."""
+    try:
+        log = np.loadtxt(path, delimiter=",", skiprows=1, ndmin=2)
+        iterations, kld, rec_loss = log.T
+    except ValueError:  # somebody has emptied or changed it
+        axes.set(title=f"{path.name} has no losses")
+        return
     last = f"KLD {kld[-1]:.2f}, RecLoss {rec_loss[-1]:.2f}"
     axes.set(title=f"One batch in iteration {iterations[-1]:,.0f}: {last}")
     axes.set(xlabel=f"iteration; RecLoss begins at {rec_loss[0]:.2f}")
@@ -1068,14 +1115,13 @@ def draw_losses(axes, log):
 def draw_report(model, sess, test, run, means):
     """Draw codes and reconstructions of the test set and the losses of the run: report.png."""
     mu, _ = model.encode(scale(test[0]), sess)
-    log = np.loadtxt(run.directory / "log.csv", delimiter=",", skiprows=1, ndmin=2)
     fig = matplotlib.figure.Figure(figsize=(9, 8.8), dpi=150, layout="constrained")
     fig.suptitle(f"{run.title}: NLL {means['NLL']:.2f} nats an image")
     panels = fig.subplot_mosaic("AB;CC", width_ratios=(2, 1), height_ratios=(2, 1))
     kind = "digit" if run.has_digits else "label"
     draw_codes(panels["A"], mu, test[1], means["KLD"], kind)
     draw_sheet(panels["B"], model, sess, test, mu, means["RecLoss"], kind)
-    draw_losses(panels["C"], log)
+    draw_losses(panels["C"], run.directory / "log.csv")
     with whole_file(run.directory / "report.png") as temporary:
         fig.savefig(temporary, format="png")
 
@@ -1118,9 +1164,6 @@ def show_picture(path):
 
 
 # --------------------------------------------------------------------------- command line
-LARGEST = 2**31 - 1
-
-
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Help that ends with an option's default, if it has one."""
 
@@ -1140,13 +1183,12 @@ class Parser(argparse.ArgumentParser):
         self.exit(1, f"{self.prog}: error: {one_line(error)}\n")
 
 
-def whole_number(text, lowest=1, highest=LARGEST):
+def whole_number(text, lowest=1, highest=2**31 - 1):
     """Return the whole number that a text stands for."""
-    with suppress(ValueError):
-        if lowest <= int(text) <= highest:
-            return int(text)
-    expected = f"a whole number from {lowest} to {highest}"
-    raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+    if not text.isdecimal() or len(text) > 10 or not lowest <= int(text) <= highest:
+        expected = f"a whole number from {lowest} to {highest}"
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+    return int(text)
 
 
 def seed_number(text):
@@ -1161,20 +1203,22 @@ def shard_number(text):
 
 def rate(text):
     """Return the learning rate that a text stands for."""
-    with suppress(ValueError):
-        if 1e-45 <= float(text) <= 3.4e38:  # what a float32 can hold
-            return float(text)
-    raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 1e-45 <= value <= 3.4e38:  # what a float32 can hold
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return value
 
 
 def output_directory(text):
     """Return the path that a text stands for, if TensorFlow takes its name as it is."""
     path = Path(text)
-    with suppress(UnicodeEncodeError):
-        text.encode()
-        if not set(path.as_posix()) & set("*?[\\"):
-            return path
-    raise argparse.ArgumentTypeError(f"expected a name in UTF-8, no * ? [ \\, got {text!r}")
+    is_utf8 = text.encode(errors="ignore").decode() == text
+    if not is_utf8 or set(path.as_posix()) & set("*?[\\"):
+        raise argparse.ArgumentTypeError(f"expected a name in UTF-8, no * ? [ \\, got {text!r}")
+    return path
 
 
 def make_parser():
@@ -1190,8 +1234,8 @@ def make_parser():
     option("--decoder", choices=DECODERS, default="tutorial", help="the listing's or the text's")
     option("--seed", type=seed_number, default=0, help="decides everything random")
     option("--shards", type=shard_number, help="parts of a batch (default: as suits the machine)")
-    option("--log-every", type=whole_number, default=LOG_EVERY, help="iterations a log line")
-    option("--checkpoint-every", type=whole_number, default=CHECKPOINT_EVERY, help="... a save")
+    option("--log-every", type=whole_number, default=100, help="iterations a log line")
+    option("--checkpoint-every", type=whole_number, default=500, help="iterations a checkpoint")
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--resume", action="store_true", help="go on with the run in there")
     group.add_argument("--overwrite", action="store_true", help="replace an unfinished run")
@@ -1234,32 +1278,31 @@ def work(args, run, x_train, test):
 def main(argv=None):
     """Do what the command line says, or a list of its words; return the exit status.
 
-    It is 0, or 128 plus the number of a signal that stopped the training. Raises SystemExit, with
-    status 2 for wrong options, data or checkpoints, and 1 after a fault.
+    It is 0, or 128 plus the number of a signal that stopped the training. Raises
+    SystemExit, with status 2 for wrong options, data or checkpoints, and 1 after a fault.
     """
     parser = make_parser()
     args = parser.parse_args(argv)
-    folder = args.output_dir / "checkpoint"
-    with ExitStack() as until_the_end:  # keeps the lock, which is taken in the first `try`
+    with ExitStack() as until_the_end:  # gives the lock back, which the first `try` takes
         try:
             # the tutorial ignores testing data and labels; page and report need them
             (x_train, _), test = load_mnist(args.data)
             settings = {name: getattr(args, name) for name in SETTINGS}
             settings["data"] = "sha256:" + hashlib.sha256(x_train).hexdigest()
             if not args.resume:
-                folder.mkdir(parents=True, exist_ok=True)
-            until_the_end.enter_context(locked(folder))
+                (args.output_dir / "checkpoint").mkdir(parents=True, exist_ok=True)
+            until_the_end.enter_context(locked(args.output_dir))
             run = resume(args, settings) if args.resume else begin(args, settings)
         except (OSError, ValueError) as error:
             parser.error(error)
         except MemoryError as error:
-            parser.fault(f"no memory for the data in {error}")
+            parser.fault(f"no memory for {args.data or DATA}: {error}")
         try:
             return work(args, run, x_train, test)
         except CheckpointError as error:
             parser.error(f"--resume: {error}")
         except MemoryError as error:
-            parser.fault(f"no memory for batches of {args.batch_size} images: {error}")
+            parser.fault(f"no memory, with batches of {args.batch_size} images: {error}")
         except (OSError, FloatingPointError, tf.errors.OpError) as error:
             parser.fault(error)
 

@@ -4,16 +4,18 @@
     python tests/benchmark.py --rounds 3
     python tests/benchmark.py --batch-size 4096
 
+It prints the table that README quotes, and the ratios that the project has set itself as goals.
 Each round runs every row once, in a process of its own, so that a change in the machine's speed
-meets all rows alike. A row is the median of its rounds, with their range. The rows of PyTorch and
-JAX need the packages torch and jax; everything else is there once the project is installed. The
-rows of shards go as far as there are cores; "this project" is with what `shard_count` chooses.
+meets all rows alike. The rows of PyTorch and JAX need the packages torch and jax.
 """
 
 import argparse
+import contextlib
 import importlib.util
+import io
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -27,6 +29,8 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
 
 BATCH = 256
+TUTORIAL = "iteration as the tutorial writes it, on the same TensorFlow, ms"
+PROJECT = "iteration of this project, `--shards {}`, ms"
 LAYERS = [(784, 256), (256, 128), (128, 64), (64, 4)]
 LAYERS += [(2, 256), (256, 128), (128, 64), (64, 4), (4, 784)]
 LINEAR = (3, 7, 8)
@@ -82,40 +86,23 @@ def tutorial():
                 batch_idx = np.random.randint(len(x_train), size=BATCH)
                 sess.run([opt, kld, rec_loss], feed_dict={x: x_train[batch_idx, :]})
 
-            return median_ms(iteration)
+            return {TUTORIAL: median_ms(iteration)}
 
 
-def project(shards=None):
+def project(shards):
     """An iteration of this project: the batch, the feed and the update."""
     import tensorflow.compat.v1 as tf
 
     import vae_mnist
 
     (x_train, _), _ = vae_mnist.load_mnist()
-    shards = shards or vae_mnist.shard_count()
     with tf.Graph().as_default():
         model = vae_mnist.VAE(shards=shards)
         with vae_mnist.session(shards) as sess:
             sess.run(tf.global_variables_initializer())
             update = sess.make_callable(model.opt, feed_list=[model.x])
             batches = vae_mnist.random_batches(x_train, BATCH)
-            return median_ms(lambda _: update(next(batches)))
-
-
-def products():
-    """The matrix products of a step alone, in NumPy on one thread."""
-    import numpy as np
-
-    rng = np.random.default_rng(0)
-    pairs = []
-    for i, (fan_in, fan_out) in enumerate(LAYERS):
-        x, kernel, gradient = (
-            rng.standard_normal(shape, np.float32)
-            for shape in ((BATCH, fan_in), (fan_in, fan_out), (BATCH, fan_out))
-        )
-        pairs += [(x, kernel), (x.T, gradient)] + ([(gradient, kernel.T)] if i else [])
-    assert len(pairs) == 26
-    return median_ms(lambda _: [a @ b for a, b in pairs])
+            return {PROJECT.format(shards): median_ms(lambda _: update(next(batches)))}
 
 
 def manifold():
@@ -132,49 +119,28 @@ def manifold():
             sess.run(tf.global_variables_initializer())
             single = partial(sess.run, model.rec)
             apart = median_ms(lambda _: [single({model.z: code[None]}) for code in z], 5, 2)
-            return median_ms(lambda _: model.decode(z, sess), 5, 2), apart
-
-
-def import_tensorflow():
-    """Seconds that a process takes to import TensorFlow and end."""
-    start = time.perf_counter()
-    command = [sys.executable, "-c", "import tensorflow, os; print('Iteration', flush=True)"]
-    return to_first_line(command, start)
+            together = median_ms(lambda _: model.decode(z, sess), 5, 2)
+            return {"900 decodes, in one call, ms": together, "each in a call, ms": apart}
 
 
 def start_up():
-    """Seconds from the program's start to its first iteration."""
+    """Seconds that a process takes to import TensorFlow, and the program to its first line."""
+    program = [ROOT / "vae_mnist.py", "--iterations", "1"]
+    seconds = []
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, ROOT / "vae_mnist.py", "--output-dir", folder]
-        return to_first_line(command, time.perf_counter())
+        for arguments in (["-c", "import tensorflow"], [*program, "--output-dir", folder]):
+            command = [sys.executable, *arguments]
+            start = time.perf_counter()
+            with subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+            ) as process:
+                process.stdout.readline()
+                seconds.append(time.perf_counter() - start)
+    return {"`import tensorflow`, s": seconds[0], "start to first iteration, s": seconds[1]}
 
 
-def to_first_line(command, start):
-    """Return the seconds from start until the command prints a first line, then end it."""
-    how = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
-    with subprocess.Popen(command, **how) as process:
-        line = process.stdout.readline()
-        seconds = time.perf_counter() - start
-        process.kill()
-    assert line.startswith("Iteration"), line
-    return seconds
-
-
-def memory():
-    """Peak memory of a default run, in MB."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, ROOT / "vae_mnist.py", "--output-dir", folder]
-        how = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        process = subprocess.Popen(command, **how)
-        _, status, usage = os.wait4(process.pid, 0)
-        assert status == 0
-        return usage.ru_maxrss / 1024
-
-
-def report(decoder):
-    """Seconds of training and of the report in one run, and its peak memory in MB."""
-    import resource
-
+def run(decoder, *options):
+    """A run of 5,000 iterations: seconds of the training and the report, and peak memory."""
     import vae_mnist
 
     seconds = {}
@@ -192,12 +158,16 @@ def report(decoder):
 
     timed("train")
     timed("report")
-    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as null:
-        sys.stdout, stdout = null, sys.stdout
-        vae_mnist.main(["--decoder", decoder, "--report", "--output-dir", folder])
-        sys.stdout = stdout
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        assert vae_mnist.main(["--decoder", decoder, "--output-dir", folder, *options]) == 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return seconds["train"], seconds["report"], peak
+    if not options:
+        return {"peak memory of a default run, MB": peak}
+    return {
+        f"`--report` / the training before it, {decoder} decoder": seconds["report"]
+        / seconds["train"],
+        f"peak memory with `--report`, {decoder} decoder, MB": peak,
+    }
 
 
 def torch_row(compiled):
@@ -232,7 +202,9 @@ def torch_row(compiled):
         step(x).backward()
         adam.step()
 
-    return median_ms(iteration)
+    return {
+        f"PyTorch, {'torch.compile' if compiled else 'eager'}, fused Adam, ms": median_ms(iteration)
+    }
 
 
 def jax_row():
@@ -279,7 +251,7 @@ def jax_row():
         nonlocal state
         state = jax.block_until_ready(scan(state, jax.random.key(i)))
 
-    return median_ms(hundred, 5, 1) / 100
+    return {"JAX, jit and lax.scan, ms": median_ms(hundred, 5, 1) / 100}
 
 
 def page():
@@ -290,10 +262,11 @@ def page():
 
     with tempfile.TemporaryDirectory() as directory:
         options = ["--iterations", "100", "--decoder", "mirrored", "--output-dir", directory]
-        vae_mnist.main(options)
+        with contextlib.redirect_stdout(io.StringIO()):
+            vae_mnist.main(options)
         browser = chromium(f"{directory}/profile")
         if not browser:
-            return None
+            return {}
         observe = """globalThis.tasks = [0]; new PerformanceObserver(list => tasks.push(
             ...list.getEntries().map(e => e.duration))).observe({type: "longtask"})"""
         how = {"source": observe}
@@ -312,40 +285,55 @@ def page():
         time.sleep(3)
         longest = browser.execute_script("return Math.max(...tasks)")
         browser.quit()
-    return [decode, posterior, usable, ready, longest]
+    return {
+        "page: a decode, ms": decode,
+        "page: a posterior, ms": posterior,
+        "page: usable, s": usable,
+        "page: its grid ready, s": ready,
+        "page: longest pause, ms": longest,
+    }
 
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-SHARDS = [2**n for n in range(7) if 2**n <= CORES]
-ROWS = {
+ROWS = {  # what is measured, and the package that it needs
     "tutorial": (tutorial, None),
-    "project": (project, None),
-    **{f"shards {shards}": (partial(project, shards), None) for shards in SHARDS},
-    "products": (products, None),
+    **{f"shards {2**n}": (partial(project, 2**n), None) for n in range(7) if 2**n <= CORES},
     "torch": (partial(torch_row, False), "torch"),
     "torch.compile": (partial(torch_row, True), "torch"),
     "jax": (jax_row, "jax"),
     "manifold": (manifold, None),
-    "import": (import_tensorflow, None),
     "start": (start_up, None),
-    "memory": (memory, None),
-    "report tutorial": (partial(report, "tutorial"), None),
-    "report mirrored": (partial(report, "mirrored"), None),
     "page": (page, "selenium"),
+    "run": (partial(run, "tutorial"), None),
+    "report": (partial(run, "tutorial", "--report"), None),
+    "report mirrored": (partial(run, "mirrored", "--report"), None),
 }
-ONCE = ("memory", "report tutorial", "report mirrored")
+GOALS = [  # one of the measurements, what it is divided by, the limit
+    (PROJECT.format(2), TUTORIAL, 0.5),
+    (PROJECT.format(2), "PyTorch, eager, fused Adam, ms", 0.45),
+    (PROJECT.format(2), "PyTorch, torch.compile, fused Adam, ms", 0.75),
+    (PROJECT.format(2), "JAX, jit and lax.scan, ms", 0.8),
+    ("900 decodes, in one call, ms", "each in a call, ms", 0.05),
+    ("start to first iteration, s", "`import tensorflow`, s", 1.6),
+    ("`--report` / the training before it, tutorial decoder", None, 0.8),
+    ("`--report` / the training before it, mirrored decoder", None, 0.8),
+    ("peak memory of a default run, MB", None, 750),
+    ("peak memory with `--report`, mirrored decoder, MB", None, 1000),
+    ("page: a decode, ms", None, 2),
+    ("page: a posterior, ms", None, 30),
+    ("page: usable, s", None, 0.3),
+    ("page: its grid ready, s", None, 3),
+    ("page: longest pause, ms", None, 100),
+]
 
 
 def measure(row, batch_size):
-    """Return what a row measures in a process of its own, or None where its package is missing."""
+    """Return what a row measures in a process of its own: nothing where its package is missing."""
     package = ROWS[row][1]
     if package and not importlib.util.find_spec(package):
-        return None
-    # One thread for the products: NumPy's matrix library reads these when it is loaded.
-    threads = {f"{name}_NUM_THREADS": "1" for name in ("OPENBLAS", "MKL", "OMP")}
-    environment = {**os.environ, **(threads if row == "products" else {})}
+        return {}
     command = [sys.executable, __file__, "--row", row, "--batch-size", str(batch_size)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"{row}: {done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -363,77 +351,25 @@ def main():
     if args.row:
         print(json.dumps(ROWS[args.row][0]()))
         return
-    values = {row: [] for row in ROWS}
+    values = {}
     for i in range(args.rounds):
         for row in ROWS:
-            if row not in ONCE or i == 0:
-                values[row].append(measure(row, BATCH))
+            for name, value in measure(row, BATCH).items():
+                values.setdefault(name, []).append(value)
         print(f"round {i + 1} of {args.rounds} done", file=sys.stderr, flush=True)
 
-    apart = [value[1] for value in values["manifold"]]
-    together = [value[0] for value in values["manifold"]]
-    lines = [
-        ("iteration as the tutorial writes it", "ms", values["tutorial"]),
-        ("iteration of this project", "ms", values["project"]),
-        *((f"the same, shards: {n}", "ms", values[f"shards {n}"]) for n in SHARDS),
-        ("its 26 matrix products alone, NumPy, 1 thread", "ms", values["products"]),
-        ("PyTorch, eager, fused Adam", "ms", values["torch"]),
-        ("PyTorch, torch.compile, fused Adam", "ms", values["torch.compile"]),
-        ("JAX, jit and lax.scan", "ms", values["jax"]),
-        ("manifold, 900 decodes", "ms", apart),
-        ("manifold, one decode", "ms", together),
-        ("import tensorflow", "s", values["import"]),
-        ("start to first iteration", "s", values["start"]),
-        ("peak memory of a default run", "MB", values["memory"]),
-    ]
     print("| what | median | range |\n| --- | --- | --- |")
-    for name, unit, samples in lines:
-        if samples[0] is None:
-            print(f"| {name} | not installed | |")
-        else:
-            middle, low, high = statistics.median(samples), min(samples), max(samples)
-            digits = 0 if unit == "MB" else 2
-            print(
-                f"| {name} | {middle:.{digits}f} {unit} | {low:.{digits}f} to {high:.{digits}f} |"
-            )
-
-    def middle(row):
-        return statistics.median(values[row])
-
-    ratios = [
-        ("iteration / the tutorial's", middle("project") / middle("tutorial"), "at most 0.40"),
-        ("iteration / its products", middle("project") / middle("products"), "at most 1.25"),
-        (
-            "manifold: one decode / 900",
-            statistics.median(together) / statistics.median(apart),
-            "at most 0.05",
-        ),
-        ("start-up beyond the import, s", middle("start") - middle("import"), "at most 1.5"),
-        ("peak memory, MB", middle("memory"), "at most 750"),
-    ]
-    for decoder in ("tutorial", "mirrored"):
-        ((training, reporting, peak),) = values[f"report {decoder}"]
-        ratios += [
-            (f"{decoder} decoder: report / training", reporting / training, "at most 0.80"),
-            (f"{decoder} decoder: peak memory, MB", peak, "at most 1000"),
-        ]
-    pages = [sample for sample in values["page"] if sample]
-    goals = {
-        "page: a decode, ms": "at most 2",
-        "page: a posterior, ms": "at most 30",
-        "page: usable after, s": "at most 1",
-        "page: grid ready after, s": "at most 3",
-        "page: longest pause, ms": "at most 100",
-    }
-    for (name, goal), samples in zip(goals.items(), zip(*pages)):
-        ratios.append((name, statistics.median(samples), goal))
-    for row, goal in (("torch", 0.45), ("torch.compile", 0.75), ("jax", 0.80)):
-        if values[row][0] is not None:
-            ratio = middle("project") / middle(row)
-            ratios.append((f"iteration / {row}", ratio, f"at most {goal:.2f}"))
-    print("\n| ratio | measured | goal |\n| --- | --- | --- |")
-    for name, value, goal in ratios:
-        print(f"| {name} | {value:.{0 if value > 100 else 2}f} | {goal} |")
+    for name, samples in values.items():
+        print(
+            f"| {name} | {statistics.median(samples):.3g} | {min(samples):.3g} to {max(samples):.3g} |"
+        )
+    print("\n| ratio | measured | at most |\n| --- | --- | --- |")
+    for name, divisor, limit in GOALS:
+        if name in values and (divisor is None or divisor in values):
+            ratio = statistics.median(values[name])
+            if divisor is not None:
+                ratio /= statistics.median(values[divisor])
+            print(f"| {name}{f' / {divisor}' if divisor else ''} | {ratio:.3g} | {limit} |")
 
 
 if __name__ == "__main__":

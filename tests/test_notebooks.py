@@ -46,7 +46,7 @@ def test_notebook_runs_it_again_and_again_and_keeps_what_is_its_own(tmp_path):
     """As README says: %run, the module's text in a cell, and the program of another environment."""
     (tmp_path / "data").symlink_to(ROOT / "data")
     text = (ROOT / "vae_mnist.py").read_text().replace("ITERATIONS = 5000", "ITERATIONS = 4")
-    text = text.replace("LOG_EVERY = 100", "LOG_EVERY = 2")
+    text = text.replace("default=100", "default=2")  # of --log-every
     magic = f"%run {ROOT / 'vae_mnist.py'} {' '.join(SMALL_RUN)}"
     shell = f"!{sys.executable} {ROOT / 'vae_mnist.py'} {' '.join(SMALL_RUN)}"
     printed = run_cells(tmp_path, [BEFORE, magic, AFTER, magic, text, AFTER, shell])

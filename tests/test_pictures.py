@@ -102,13 +102,14 @@ def test_tick_labels_do_not_run_into_each_other(tmp_path, monkeypatch):
         assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
         assert all(figures[0].bbox.containsx(e) for b in boxes for e in (b.x0, b.x1))
         assert all(figures[0].bbox.containsy(e) for b in boxes for e in (b.y0, b.y1))
-    # Where the label says, the picture shows that coordinate.
-    for tick, label in zip(axes.get_xticks(), axes.get_xticklabels()):
-        column = (tick - 13.5) / 28
-        assert float(label.get_text()) == pytest.approx(-2 + 4 * column / 29)
-    for tick, label in zip(axes.get_yticks(), axes.get_yticklabels()):
-        row = (tick - 13.5) / 28
-        assert float(label.get_text()) == pytest.approx(2 - 4 * row / 29)
+    # Where the label says, the picture shows that coordinate: the images begin at pixel (70, 60).
+    for ticks, axis, first in ((axes.get_xticks(), 0, 70), (axes.get_yticks(), 1, 60)):
+        labels = (axes.get_xticklabels(), axes.get_yticklabels())[axis]
+        assert len(labels) == 9
+        for tick, label in zip(ticks, labels):
+            middle = axes.transData.transform((tick, tick))[axis] - first - 14
+            coordinate = float(label.get_text().replace("\N{MINUS SIGN}", "-"))
+            assert coordinate == pytest.approx(-2 + 4 * middle / 28 / 29)
 
 
 def test_failure_while_drawing_leaves_the_older_picture(run_folder, monkeypatch, capsys):

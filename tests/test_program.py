@@ -125,7 +125,7 @@ def test_batch_beyond_memory_is_one_line(tmp_path):
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (2**36, 2**36)),
     )
     assert process.returncode == 1 and process.stderr.count("\n") == 1
-    assert "no memory for batches of 2147483647 images" in process.stderr
+    assert "no memory, with batches of 2147483647 images" in process.stderr
 
 
 @pytest.mark.slow
