@@ -728,7 +728,7 @@ def begin(args, settings):
     except CheckpointError:
         if not args.overwrite:
             raise
-        return run
+        return run  # the damaged record says nothing that is worth keeping
     if old is None:
         return run
     if not (old.finished or args.overwrite):
@@ -761,7 +761,7 @@ def resume(args, settings):
             raise ValueError(
                 f"--resume: {option} is {asked}, but the run in {args.output_dir} has {recorded}"
             )
-    run.wanted = max(args.iterations or run.wanted, run.made)
+    run.wanted = max(args.iterations or run.wanted, run.made)  # none can be taken back
     return run
 
 
