@@ -61,7 +61,7 @@ def quiet():
 
 # Started as a program, it hides what loading prints, unless the user has asked to see that.
 is_quiet = __name__ == "__main__" and "TF_CPP_MIN_LOG_LEVEL" not in os.environ
-# MPLBACKEND, which only a window needs, may name what this environment does not have: a notebook's.
+# A notebook's programs inherit its MPLBACKEND; matplotlib cannot be imported if that is missing.
 backend = None if "matplotlib" in sys.modules else os.environ.pop("MPLBACKEND", None)
 with quiet() if is_quiet else nullcontext():
     import matplotlib.figure
@@ -79,7 +79,7 @@ if backend is not None:
 SIDE = 28  # pixels along an edge of an image
 PIXELS = SIDE * SIDE  # D
 LATENT = 2  # K; the picture and the report need the codes to lie in a plane
-# The layers' units: first those with ELU, then the linear ones.
+# Units of the layers with ELU, then of the linear ones: the tutorial's, and the encoder mirrored.
 ENCODER = ([256, 128, 64], [2 * LATENT])
 DECODERS = {"tutorial": ([256, 128, 64], [4, PIXELS]), "mirrored": ([64, 128, 256], [PIXELS])}
 SHARDS = 2  # parts of a batch that are computed at the same time
@@ -105,7 +105,7 @@ def dense(fc_shards, units, layers, activation=None):
     Its variables are named as there (dense/kernel, dense/bias, dense_1/kernel, ...), and
     appended to the list `layers`.
     """
-    op_seed = 2 * len(layers)  # another for each layer: so many kernels and biases come before
+    op_seed = 2 * len(layers)  # the number of variables so far, so another one for each layer
     glorot = tf.glorot_uniform_initializer(op_seed)
     with tf.variable_scope(None, default_name="dense"):
         kernel = tf.get_variable("kernel", [fc_shards[0].shape[1], units], initializer=glorot)
@@ -143,21 +143,21 @@ def cross_entropy(x, logits):
 def total_cross_entropy(x, logits):
     """Return equation (2) summed over a batch, with its gradient given, which is faster.
 
-    TensorFlow's own gradient of a sum looks at the shape of what was summed, so that each update
-    would compute the losses, which it has no use for: a third more time.
+    TensorFlow's own gradient of a sum asks for the shape of what is summed, and a session computes
+    an array to know its shape: the losses, whose values no update needs. A third more time.
     """
 
-    def gradient(upstream):  # in x and in logits; upstream: that of the trained loss in this sum
+    def gradient(upstream):  # d loss / d sum; returned are d loss / d x and d loss / d logits
         return -upstream * logits, upstream * (tf.sigmoid(logits) - x)
 
     return tf.reduce_sum(cross_entropy(x, logits)), gradient
 
 
 def named_variables(layers, adam, iteration):
-    """Return a model's variables by their names in a checkpoint, those in a graph of its own.
+    """Return a model's variables, by the names that they have if it is alone in its graph.
 
     Adam keeps two running means for each weight, m of its gradient and v of the gradient's square,
-    and for all of them the powers beta1^t and beta2^t.
+    and two powers, beta1^t and beta2^t, the only scalars among its variables.
     """
     beta1_power, beta2_power = [v for v in adam.variables() if v.shape.rank == 0]
     named = {"global_step": iteration, "beta1_power": beta1_power, "beta2_power": beta2_power}
@@ -178,8 +178,8 @@ class VAE:
     sum `loss` are means over the batch, all in nats an image. `opt` is one update by Adam.
 
     `seed` decides the first weights and, with the number of updates, the noise eps. `shards`
-    changes a result by rounding alone. `decoder` is "tutorial", as in its listing, or
-    "mirrored", as in its text; another one raises ValueError.
+    changes a result by rounding alone. `decoder` is "tutorial" or "mirrored", see DECODERS;
+    another one raises ValueError.
     """
 
     def __init__(self, learning_rate=LEARNING_RATE, seed=0, shards=SHARDS, decoder="tutorial"):
@@ -231,8 +231,8 @@ class VAE:
             self.kld = tf.reduce_mean(self.klds)
             self.loss = self.kld + self.rec_loss
 
-        # The tutorial's text leaves out the method `step`, and the optimizer: Adam, by default.
-        # It adds 1 to `iteration`. GATE_GRAPH: weights change after all gradients are computed.
+        # The tutorial's text leaves out `step` and the optimizer. Here it is Adam as TensorFlow has
+        # it. An update adds 1 to iteration. GATE_GRAPH: no gradient sees a weight changed already.
         adam = tf.train.AdamOptimizer(learning_rate)
         self.weights = [layer[part] for layer in self.layers for part in ("kernel", "bias")]
         with tf.name_scope("adam"):
@@ -326,13 +326,13 @@ def train(model, sess, x_train, run, log_every, checkpoint_every, stopped):
         if i % log_every == 0:
             kld, rec_loss = model.step(x_batch, sess)
             run.log(i, kld, rec_loss)
-            if not stopped:  # perhaps since the terminal was closed: nothing can be printed
+            if not stopped:  # a closed terminal sends SIGHUP, and print would fail
                 print(f"Iteration {i}: KLD = {kld:f}, RecLoss = {rec_loss:f}", flush=True)
         else:
             update(x_batch)
         run.made = i + 1
         if run.made % checkpoint_every == 0 or run.finished or stopped:
-            # Weights whose losses are not finite any more are not saved.
+            # check raises FloatingPointError if the losses of the new weights are inf or nan.
             run.check(run.made, *sess.run([model.kld, model.rec_loss], {model.x: x_batch}))
             run.save(model, sess)
             if stopped:  # perhaps during the save
@@ -606,9 +606,9 @@ def whole_file(path):
 class Run:
     """A training run, and where it stands; run.json records all of it but the directory.
 
-    log.csv is written after run.json. So run.json also has the newest lines, and the
-    length of log.csv before them: if a kill comes in between, they are written when the
-    run is resumed.
+    A save writes run.json, then log.csv. A kill in between would leave log.csv without the
+    newest lines, so run.json has them, too, and the size that log.csv has before them: a
+    resumed run cuts log.csv to that size and appends them (again, if they were there).
     """
 
     directory: Path
@@ -664,7 +664,7 @@ class Run:
         name = "vae_mnist-b" if self.checkpoint_name == "vae_mnist-a" else "vae_mnist-a"
         for path in folder.glob(f"{name}.*"):  # older, or left by a save that was killed
             path.unlink()
-        with sess.graph.as_default():
+        with sess.graph.as_default():  # outside of a graph Saver refuses to save
             model.saver.save(sess, f"{folder}/{name}", write_meta_graph=False, write_state=False)
         for path in folder.glob(f"{name}.*"):
             to_disk(path)
@@ -990,7 +990,10 @@ def page_layers(layers, sess):
 
 
 def grid_offsets(model, sess, grid):
-    """Return log p(x, z) without the terms that depend on x, and constants, for a grid of codes."""
+    """Return log p(z) + sum_d log(1 - r_d), but for a constant, for each code of a grid.
+
+    The page adds x . logits, and has log p(x, z) of the image x at hand.
+    """
     offsets = []
     for y in grid[::-1]:  # from the top
         z = np.stack([grid, np.full(len(grid), y)], axis=1)
@@ -1004,6 +1007,7 @@ def page_numbers(model, sess, test, run):
     images, labels = (part[:10000] for part in test)
     shown = [np.flatnonzero(labels == label)[:2] for label in ten_classes(labels)]
     shown = np.concatenate(shown)
+    # The page begins with the one whose p(z | x) is least like q(z | x); a coarse grid will do.
     divergences = evaluate(model, sess, images[shown], reach=4.5, step=0.1)["KL(q || p)"]
     codes = []
     losses = []
@@ -1057,13 +1061,14 @@ def draw_codes(axes, mu, labels, kld, kind):
             axes.scatter([], [], c=colour, edgecolor="black", label=label)
         axes.legend(title=kind, loc="upper left", bbox_to_anchor=(1, 1))
     else:
-        named = ten_classes(labels)  # of the bar's equal parts, one for each label
-        parts = np.searchsorted(list(colours), named)
+        # The bar has an equal part for each label; ten of them are named, in the middle.
+        named = ten_classes(labels)
+        positions = np.searchsorted(list(colours), named)
         bar = axes.figure.colorbar(
             matplotlib.cm.ScalarMappable(cmap=matplotlib.colors.ListedColormap(colours.values())),
             ax=axes,
             label=kind,
-            ticks=(parts + 0.5) / len(colours),
+            ticks=(positions + 0.5) / len(colours),
         )
         bar.set_ticklabels(named)
     axes.set_facecolor("black")  # on which all of the colours are seen
@@ -1213,7 +1218,7 @@ def rate(text):
 
 
 def output_directory(text):
-    """Return the path that a text stands for, if TensorFlow takes its name as it is."""
+    """Return the path that a text stands for, if TensorFlow finds no pattern in its name."""
     path = Path(text)
     is_utf8 = text.encode(errors="ignore").decode() == text
     if not is_utf8 or set(path.as_posix()) & set("*?[\\"):
