@@ -32,6 +32,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from base64 import b64encode
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
@@ -43,11 +44,11 @@ from tempfile import TemporaryDirectory
 @contextmanager
 def quiet():
     """Point descriptor 2, where TensorFlow's C++ code complains while it loads, nowhere."""
-    if sys.stderr is None:  # closed, as by 2>&-
-        os.open(os.devnull, os.O_WRONLY)  # takes descriptor 2, which is free
-    descriptor = os.dup(2)
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    if sys.stderr is None:  # descriptor 2 is closed, as by 2>&-
+        os.dup2(nowhere, 2)
+    kept = os.dup(2)  # a second number for what 2 stands for
+    os.dup2(nowhere, 2)  # which now stands for nowhere
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
     try:
         yield
@@ -55,13 +56,14 @@ def quiet():
         sys.exit(128 + signal.SIGINT)
     finally:
         del os.environ["TF_CPP_MIN_LOG_LEVEL"]
-        os.dup2(descriptor, 2)
-        os.close(descriptor)
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 # Started as a program, it hides what loading prints, unless the user has asked to see that.
 is_quiet = __name__ == "__main__" and "TF_CPP_MIN_LOG_LEVEL" not in os.environ
-# A notebook's programs inherit its MPLBACKEND; matplotlib cannot be imported if that is missing.
+# A notebook's programs inherit its MPLBACKEND. If what that names is not installed here, matplotlib
+# cannot be imported; so the import does not see it.
 backend = None if "matplotlib" in sys.modules else os.environ.pop("MPLBACKEND", None)
 with quiet() if is_quiet else nullcontext():
     import matplotlib.figure
@@ -73,7 +75,7 @@ with quiet() if is_quiet else nullcontext():
         tf.config.list_physical_devices("GPU")  # complains once, where there is none
 if backend is not None:
     os.environ["MPLBACKEND"] = backend
-    with suppress(ValueError):  # unknown: matplotlib chooses another
+    with suppress(ValueError):  # if it is unknown, matplotlib chooses another
         matplotlib.rcParams["backend"] = backend
 
 SIDE = 28  # pixels along an edge of an image
@@ -102,16 +104,16 @@ def split(batch, shards):
 def dense(fc_shards, units, layers, activation=None):
     """Apply a fully connected layer to every shard, as `tf.layers.dense` did to a batch.
 
-    Its variables are named as there (dense/kernel, dense/bias, dense_1/kernel, ...), and
-    appended to the list `layers`.
+    Its variables are named as there (dense/kernel, dense/bias, dense_1/kernel, ...), and appended
+    to the list `layers`; with them "elu", which explore.html needs in order to do the same.
     """
-    op_seed = 2 * len(layers)  # the number of variables so far, so another one for each layer
-    glorot = tf.glorot_uniform_initializer(op_seed)
+    # Without this seed it would be the number of operations so far, which depends on the shards.
+    glorot = tf.glorot_uniform_initializer(seed=2 * len(layers))
     with tf.variable_scope(None, default_name="dense"):
         kernel = tf.get_variable("kernel", [fc_shards[0].shape[1], units], initializer=glorot)
         bias = tf.get_variable("bias", [units], initializer=tf.zeros_initializer())
         layers.append({"kernel": kernel, "bias": bias, "elu": activation is tf.nn.elu})
-        weights = kernel.value()  # read once, for all the shards
+        weights = kernel.value()  # one tensor for all shards; each would read the variable itself
         offsets = bias.value()
         fc_shards = [tf.nn.bias_add(tf.matmul(fc, weights), offsets) for fc in fc_shards]
         if activation is None:
@@ -143,8 +145,9 @@ def cross_entropy(x, logits):
 def total_cross_entropy(x, logits):
     """Return equation (2) summed over a batch, with its gradient given, which is faster.
 
-    TensorFlow's own gradient of a sum asks for the shape of what is summed, and a session computes
-    an array to know its shape: the losses, whose values no update needs. A third more time.
+    TensorFlow's own gradient of reduce_sum spreads a number over an array of the shape that was
+    summed. For that shape a session computes the array, softplus and all, (B, D), although no
+    update needs its values. An iteration would take a third longer.
     """
 
     def gradient(upstream):  # d loss / d sum; returned are d loss / d x and d loss / d logits
@@ -197,14 +200,14 @@ class VAE:
             batch_size = tf.shape(self.x)[0]
             x_shards = split(self.x, shards)
             fc = tf.concat(network(x_shards, ENCODER, self.layers), axis=0)
-            self.encoder_depth = len(self.layers)
+            self.encoder_depth = len(self.layers)  # for explore.html: where the decoder begins
             self.mu = fc[:, :LATENT]  # (B, K)
             # estimate log sigma^2 for numerical stability
             self.log_sig_sq = fc[:, LATENT:]  # (B, K)
 
         # z = mu + sigma * epsilon
         with tf.name_scope("sampler"):
-            # epsilon is a sample from a N(0, 1) distribution, which seed and iteration decide
+            # epsilon is a sample from N(0, 1), the same one whenever seed and iteration are the same
             self.eps = tf.random.stateless_normal([batch_size, LATENT], [seed, self.iteration])
             noise = tf.exp(self.log_sig_sq / 2) * self.eps
         # Random normal variable for decoder :D
@@ -232,13 +235,10 @@ class VAE:
             self.loss = self.kld + self.rec_loss
 
         # The tutorial's text leaves out `step` and the optimizer. Here it is Adam as TensorFlow has
-        # it. An update adds 1 to iteration. GATE_GRAPH: no gradient sees a weight changed already.
+        # it; an update adds 1 to iteration. GATE_GRAPH: all gradients before any weight changes.
         adam = tf.train.AdamOptimizer(learning_rate)
         self.weights = [layer[part] for layer in self.layers for part in ("kernel", "bias")]
-        with tf.name_scope("adam"):
-            self.opt = adam.minimize(
-                self.loss, self.iteration, self.weights, gate_gradients=adam.GATE_GRAPH
-            )
+        self.opt = adam.minimize(self.loss, self.iteration, self.weights, adam.GATE_GRAPH)
         self.variables = named_variables(self.layers, adam, self.iteration)
         self.saver = tf.train.Saver(self.variables)
 
@@ -273,12 +273,13 @@ def display_manifold(model, sess, path="latent.png"):
         digits = model.decode([[xi, yi] for xi in grid_x], sess)  # (30, 28, 28)
         figure[i * SIDE : (i + 1) * SIDE] = np.concatenate(digits, axis=1)  # (28, 840)
 
-    left, bottom, width, height = 70, 60, size + 90, size + 80  # pixels of the file
-    fig = matplotlib.figure.Figure(figsize=(width / 100, height / 100), dpi=100)
-    fig.figimage(matplotlib.colormaps["Greys_r"](figure, bytes=True), left, bottom)  # unscaled
-    area = (left / width, bottom / height, size / width, size / height)
+    margin = 80  # pixels of the file around the images, for the axes
+    side = size + 2 * margin
+    fig = matplotlib.figure.Figure(figsize=(side / 100, side / 100), dpi=100)
+    fig.figimage(matplotlib.colormaps["Greys_r"](figure, bytes=True), margin, margin)  # unscaled
+    area = (margin / side, margin / side, size / side, size / side)
     axes = fig.add_axes(area, facecolor="none")
-    edge = 2 + 2 / (n - 1)  # the outermost images have their centres at 2, and half beyond
+    edge = 2 + 2 / (n - 1)  # half a step beyond 2, where the outermost images have their centres
     axes.set(xlabel="z[0]", ylabel="z[1]", xlim=(-edge, edge), ylim=(-edge, edge))
     axes.set(xticks=np.linspace(-2, 2, 9), yticks=np.linspace(-2, 2, 9))
     axes.spines[:].set_position(("outward", 3))  # on the edge they would cover pixels
@@ -332,10 +333,10 @@ def train(model, sess, x_train, run, log_every, checkpoint_every, stopped):
             update(x_batch)
         run.made = i + 1
         if run.made % checkpoint_every == 0 or run.finished or stopped:
-            # check raises FloatingPointError if the losses of the new weights are inf or nan.
+            # check raises FloatingPointError if the new weights have losses that are inf or nan.
             run.check(run.made, *sess.run([model.kld, model.rec_loss], {model.x: x_batch}))
             run.save(model, sess)
-            if stopped:  # perhaps during the save
+            if stopped:  # asked again: a signal may have come during the save
                 break
 
 
@@ -346,16 +347,25 @@ HERE = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd(
 DATA = "data/mnist.npz"  # there
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")  # in such a file
 RECIPE = 'README has a recipe, "Other data"'
-FILE_KINDS = {b"\x1f\x8b": "a gzip file", b"\x93N": "a single array", b"\x80\x04": "a pickle"}
+FILE_KINDS = {b"\x1f\x8b": "a gzip file", b"\x93NUMPY": "a single array", b"\x80": "a pickle"}
 
 
 def kind_of_file(start):
     """Say what a file is, by its first bytes, that is no .npz archive."""
     if not start:
         return "an empty file"
-    if start[:2] in FILE_KINDS:
-        return FILE_KINDS[start[:2]]
+    for magic, kind in FILE_KINDS.items():
+        if start.startswith(magic):
+            return kind
     return "text" if start.isascii() else "a file of another kind"
+
+
+def file_error(error, path):
+    """Return an OSError that says which file it is about."""
+    reason = error.strerror or str(error)
+    if isinstance(error, PermissionError) and os.name == "nt":  # Windows
+        reason += "; is it open in another program?"
+    return OSError(error.errno, reason, str(path))
 
 
 def read_archive(path):
@@ -364,17 +374,16 @@ def read_archive(path):
         start = file.read(64)
         if not start.startswith(b"PK"):
             raise ValueError(f"is no .npz archive, but {kind_of_file(start)}; {RECIPE}")
+        file.seek(0)
         being_read = "the archive"  # for the messages
         arrays = {}
         try:
-            archive = np.lib.npyio.NpzFile(file, allow_pickle=False)
+            archive = np.load(file, allow_pickle=False)
             for name in ARRAYS:
                 if name in archive.files:
                     being_read = name
                     arrays[name] = np.asarray(archive[name])
-        except OSError as error:  # the machine's fault
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        except MemoryError:
+        except (OSError, MemoryError):  # the machine's fault
             raise
         except Exception as error:  # the file's: NumPy, zipfile and zlib raise what they like
             if "Object arrays" in str(error):
@@ -390,12 +399,14 @@ def checked_images(name, images):
     """Return images of any integer type as uint8, (N, 28, 28), if they are from 0 to 255."""
     forms = [(SIDE, SIDE), (SIDE, SIDE, 1), (PIXELS,)]
     if images.dtype.kind not in "iu" or images.size == 0 or images.shape[1:] not in forms:
-        expected = f"expected uint8 (N, {SIDE}, {SIDE}), N > 0, from 0 to 255"
+        expected = f"expected integers (N, {SIDE}, {SIDE}), N > 0, from 0 to 255"
         raise ValueError(f"{name} is {images.dtype} {images.shape}; {expected}; {RECIPE}")
     low = images.min()
     high = images.max()
     if low < 0 or high > 255 or high < 2:  # up to 1 it would be black and white, or scaled
-        raise ValueError(f"{name} has values from {low} to {high}; expected grey from 0 to 255")
+        raise ValueError(
+            f"{name} has values from {low} to {high}; expected grey from 0 to 255; {RECIPE}"
+        )
     return np.ascontiguousarray(images.reshape(-1, SIDE, SIDE), np.uint8)
 
 
@@ -438,12 +449,17 @@ def load_mnist(path=None):
             images = checked_images(f"x_{part}", arrays[f"x_{part}"])
             labels = arrays.get(f"y_{part}", np.zeros(len(images), np.uint8))
             parts.append((images, checked_labels(f"y_{part}", labels, len(images))))
+    except OSError as error:
+        raise file_error(error, path) from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return tuple(parts)
 
 
 # ------------------------------------------------------------------- machine and messages
+ERASE_LINE = "\033[K"  # a terminal's code: erase what follows in the line
+
+
 def shard_count():
     """Return how many shards suit the machine: 2, or 1 on one core or a GPU."""
     cores = os.cpu_count()
@@ -484,7 +500,7 @@ def one_line(error):
         text = error.message.split("\n\t [[")[0]  # then it says where in the graph
         text = text.strip().split("\n")[-1]
     elif isinstance(error, OSError) and error.strerror:
-        name = error.filename or "standard output"  # an error of print has no name
+        name = error.filename or "standard output"  # only print's errors have no name
         text = f"{name}: {error.strerror}"
     return " ".join(text.split())
 
@@ -503,18 +519,18 @@ def progress(first, last):
                 speed = (i + 1 - first) / (now - start)
                 left = (last - i - 1) / speed
                 text = f"{(i + 1) / last:4.0%}, {speed:.0f} iterations/s, {left:.0f} s left"
-                complain(f"\033[K{text}\r", end="")
+                complain(f"{ERASE_LINE}{text}\r", end="")  # \r: what comes next begins the line
     finally:
         if on_terminal:
-            complain("\033[K", end="")
+            complain(ERASE_LINE, end="")
 
 
 @contextmanager
 def stop_signals():
     """Yield a list, to which SIGINT, SIGTERM and SIGHUP append their numbers.
 
-    Each does so once: if it comes again, it does what it did before. In the end all have
-    their handlers of before. A signal that was ignored stays ignored.
+    Each is noted once; a second one has its usual effect, which is to end the program at
+    once. In the end all have their handlers of before. One that was ignored stays ignored.
     """
     stopped = []
     previous = {}  # the handlers, by number
@@ -523,11 +539,14 @@ def stop_signals():
         stopped.append(number)
         signal.signal(number, previous[number])
 
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+    names = ["SIGINT", "SIGTERM", "SIGHUP"]
+    if threading.current_thread() is not threading.main_thread():
+        names = []  # signals are the main thread's alone
+    for name in names:
         number = getattr(signal, name, None)  # Windows has no SIGHUP
         if number is not None and signal.getsignal(number) not in (signal.SIG_IGN, None):
-            with suppress(ValueError):  # a thread beside the main one gets no signals
-                previous[number] = signal.signal(number, note)
+            previous[number] = signal.getsignal(number)
+            signal.signal(number, note)
     try:
         yield stopped
     finally:
@@ -569,18 +588,10 @@ def locked(directory):
             os.close(descriptor)
 
 
-def file_error(error, path):
-    """Return an OSError that says which file it is about."""
-    reason = error.strerror or str(error)
-    if isinstance(error, PermissionError) and os.path.exists(path):
-        reason += "; is it open in another program?"  # Windows forbids to replace it then
-    return OSError(error.errno, reason, str(path))
-
-
 def to_disk(path):
     """Wait until a file is on the disk, so that a power cut does not take it back."""
     try:
-        with open(path, "r+b") as file:
+        with open(path, "r+b") as file:  # for writing too, without which Windows does not sync
             os.fsync(file.fileno())
     except OSError as error:
         raise file_error(error, path) from error
@@ -638,17 +649,17 @@ class Run:
         """Yield the numbers of the iterations that are still to be made."""
         return progress(self.made, self.wanted)
 
-    def check(self, iteration, kld, rec_loss):
-        """Raise FloatingPointError unless the losses of an iteration are finite."""
+    def check(self, updates, kld, rec_loss):
+        """Raise FloatingPointError unless the losses after so many updates are finite."""
         if not np.isfinite(kld + rec_loss):
             losses = f"KLD = {kld:f}, RecLoss = {rec_loss:f}"
             raise FloatingPointError(
-                f"iteration {iteration}: {losses}, so training stopped; try a lower --learning-rate"
+                f"after {updates} updates {losses}, so training stopped; try a lower --learning-rate"
             )
 
     def log(self, iteration, kld, rec_loss):
         """Keep the losses of an iteration, for log.csv, until the next checkpoint."""
-        self.check(iteration, kld, rec_loss)
+        self.check(iteration, kld, rec_loss)  # they are from before its update
         self.new_lines.append(f"{iteration},{kld!r},{rec_loss!r}\n")
 
     def save(self, model, sess):
@@ -686,11 +697,12 @@ class Run:
             temporary.write_text(f'model_checkpoint_path: "{self.checkpoint_name}"\n')
 
     def write_log(self):
-        """Cut off log.csv where the new lines begin, and append these."""
+        """Cut off log.csv where the new lines begin, and append these; do no harm if repeated."""
         path = self.directory / "log.csv"
         try:
             with open(path, "ab") as file:
-                self.log_size = min(self.log_size, file.tell())  # somebody may have shortened it
+                size = file.tell()  # the file is opened at its end
+                self.log_size = min(self.log_size, size)  # somebody may have shortened it
                 file.truncate(self.log_size)
                 header = [] if self.log_size else ["iteration,kld,rec_loss\n"]
                 file.write("".join(header + self.new_lines).encode())
@@ -759,7 +771,7 @@ def resume(args, settings):
         if asked is not None and asked != recorded:  # --shards is None where it was not given
             option = f"--{name.replace('_', '-')}"
             raise ValueError(
-                f"--resume: {option} is {asked}, but the run in {args.output_dir} has {recorded}"
+                f"--resume: the run in {args.output_dir} has {option} {recorded}, not {asked}"
             )
     run.wanted = max(args.iterations or run.wanted, run.made)  # none can be taken back
     return run
@@ -1016,7 +1028,7 @@ def page_numbers(model, sess, test, run):
         mu, rec_losses, klds = sess.run([model.mu, model.rec_losses, model.klds], {model.x: x})
         codes.append(mu)
         losses.append(rec_losses + klds)
-    grid = np.linspace(-4.5, 4.5, 121)
+    grid = np.linspace(-4.5, 4.5, 121)  # nearly all codes are there; a step of 0.075
     return {
         "run": run.title,
         "kind": "digit" if run.has_digits else "image",  # what to call an image
@@ -1045,7 +1057,8 @@ def explore(model, sess, test, run):
     if not frame.exists():  # the module was copied without it
         return None
     text = json.dumps(page_numbers(model, sess, test, run))
-    content = frame.read_bytes().replace(b">null<", f">{text}<".encode())  # null: their place
+    # The frame has them in <script id="numbers" ...>null</script>, with null in their place.
+    content = frame.read_bytes().replace(b">null<", f">{text}<".encode())
     path = run.directory / "explore.html"
     with whole_file(path) as temporary:
         temporary.write_bytes(content)
@@ -1146,7 +1159,7 @@ def report(model, sess, test, run):
         temporary.write_text(json.dumps(content, indent=2) + "\n")
     draw_report(model, sess, test, run, means)
     path = run.directory / "report.png"
-    say(f"These figures are in metrics.json, pictures to them in {path}")
+    say(f"These figures are in metrics.json, pictures of them in {path}")
 
 
 def show_picture(path):
@@ -1157,8 +1170,8 @@ def show_picture(path):
         from matplotlib import pyplot as plt
 
         fig = plt.figure(figsize=(width / 100, height / 100), dpi=100)
-    except (ImportError, ValueError):  # MPLBACKEND is missing or unknown here
-        complain("--show: there is no display")
+    except (ImportError, ValueError) as error:  # of what MPLBACKEND names
+        complain(f"--show: {one_line(error)}")
         return
     if plt.get_backend().lower() == "agg":  # pyplot's choice where no window can open
         complain("--show: there is no display")
@@ -1190,6 +1203,7 @@ class Parser(argparse.ArgumentParser):
 
 def whole_number(text, lowest=1, highest=2**31 - 1):
     """Return the whole number that a text stands for."""
+    # int raises another error for thousands of digits.
     if not text.isdecimal() or len(text) > 10 or not lowest <= int(text) <= highest:
         expected = f"a whole number from {lowest} to {highest}"
         raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
@@ -1213,14 +1227,18 @@ def rate(text):
     except ValueError:
         value = 0.0
     if not 1e-45 <= value <= 3.4e38:  # what a float32 can hold
-        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a number above 0, to 3.4e38, got {text!r}")
     return value
 
 
 def output_directory(text):
-    """Return the path that a text stands for, if TensorFlow finds no pattern in its name."""
+    """Return the path that a text stands for, if TensorFlow can use it.
+
+    It takes * ? [ and \\ for patterns. What is not UTF-8 it cannot open; Python has such bytes
+    as surrogates, which have no encoding.
+    """
     path = Path(text)
-    is_utf8 = text.encode(errors="ignore").decode() == text
+    is_utf8 = text == text.encode(errors="ignore").decode()
     if not is_utf8 or set(path.as_posix()) & set("*?[\\"):
         raise argparse.ArgumentTypeError(f"expected a name in UTF-8, no * ? [ \\, got {text!r}")
     return path
@@ -1242,7 +1260,7 @@ def make_parser():
     option("--log-every", type=whole_number, default=100, help="iterations a log line")
     option("--checkpoint-every", type=whole_number, default=500, help="iterations a checkpoint")
     group = parser.add_mutually_exclusive_group()
-    group.add_argument("--resume", action="store_true", help="go on with the run in there")
+    group.add_argument("--resume", action="store_true", help="go on with the run in --output-dir")
     group.add_argument("--overwrite", action="store_true", help="replace an unfinished run")
     option("--report", action="store_true", help="also measure and show the test set")
     option("--show", action="store_true", help="also open the picture in a window")
@@ -1262,9 +1280,10 @@ def work(args, run, x_train, test):
             train(model, sess, x_train, run, args.log_every, args.checkpoint_every, stopped)
         if stopped:
             name = signal.Signals(stopped[0]).name
+            instead = " in place of --overwrite" if args.overwrite else ""
             complain(
                 f"Stopped by {name} after {run.made} of {run.wanted} iterations; "
-                "go on with the same options and --resume"
+                f"go on with the same options and --resume{instead}"
             )
             return 128 + stopped[0]
         path = run.directory / "latent.png"
@@ -1288,7 +1307,7 @@ def main(argv=None):
     """
     parser = make_parser()
     args = parser.parse_args(argv)
-    with ExitStack() as until_the_end:  # gives the lock back, which the first `try` takes
+    with ExitStack() as until_the_end:  # which gives back the lock that the first `try` takes
         try:
             # the tutorial ignores testing data and labels; page and report need them
             (x_train, _), test = load_mnist(args.data)
