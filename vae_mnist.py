@@ -43,12 +43,12 @@ from tempfile import TemporaryDirectory
 
 @contextmanager
 def quiet():
-    """Point descriptor 2, where TensorFlow's C++ code complains while it loads, nowhere."""
+    """Send to nowhere what TensorFlow's C++ code writes, while it loads, to descriptor 2."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
-    if sys.stderr is None:  # descriptor 2 is closed, as by 2>&-
+    if sys.stderr is None:  # descriptor 2 is closed, as by 2>&-, and cannot be kept
         os.dup2(nowhere, 2)
-    kept = os.dup(2)  # a second number for what 2 stands for
-    os.dup2(nowhere, 2)  # which now stands for nowhere
+    kept = os.dup(2)
+    os.dup2(nowhere, 2)
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
     try:
         yield
@@ -62,8 +62,8 @@ def quiet():
 
 # Started as a program, it hides what loading prints, unless the user has asked to see that.
 is_quiet = __name__ == "__main__" and "TF_CPP_MIN_LOG_LEVEL" not in os.environ
-# A notebook's programs inherit its MPLBACKEND. If what that names is not installed here, matplotlib
-# cannot be imported; so the import does not see it.
+# A program started in a notebook inherits its MPLBACKEND; if the backend of that name is not
+# installed here, `import matplotlib` fails. So it is hidden from the import, and applied after it.
 backend = None if "matplotlib" in sys.modules else os.environ.pop("MPLBACKEND", None)
 with quiet() if is_quiet else nullcontext():
     import matplotlib.figure
@@ -105,15 +105,15 @@ def dense(fc_shards, units, layers, activation=None):
     """Apply a fully connected layer to every shard, as `tf.layers.dense` did to a batch.
 
     Its variables are named as there (dense/kernel, dense/bias, dense_1/kernel, ...), and appended
-    to the list `layers`; with them "elu", which explore.html needs in order to do the same.
+    to the list `layers`, with "elu": the page explore.html computes the layers in JavaScript.
     """
-    # Without this seed it would be the number of operations so far, which depends on the shards.
+    # A seed for each layer: those that TensorFlow would choose depend on the number of shards.
     glorot = tf.glorot_uniform_initializer(seed=2 * len(layers))
     with tf.variable_scope(None, default_name="dense"):
         kernel = tf.get_variable("kernel", [fc_shards[0].shape[1], units], initializer=glorot)
         bias = tf.get_variable("bias", [units], initializer=tf.zeros_initializer())
         layers.append({"kernel": kernel, "bias": bias, "elu": activation is tf.nn.elu})
-        weights = kernel.value()  # one tensor for all shards; each would read the variable itself
+        weights = kernel.value()  # read here, once, and not by each shard
         offsets = bias.value()
         fc_shards = [tf.nn.bias_add(tf.matmul(fc, weights), offsets) for fc in fc_shards]
         if activation is None:
@@ -145,9 +145,9 @@ def cross_entropy(x, logits):
 def total_cross_entropy(x, logits):
     """Return equation (2) summed over a batch, with its gradient given, which is faster.
 
-    TensorFlow's own gradient of reduce_sum spreads a number over an array of the shape that was
-    summed. For that shape a session computes the array, softplus and all, (B, D), although no
-    update needs its values. An iteration would take a third longer.
+    The gradient that TensorFlow derives for reduce_sum asks for the shape of what was summed, and
+    only to learn this shape a session computes all terms of equation (2), (B, D), which no update
+    needs. An iteration would take a third longer.
     """
 
     def gradient(upstream):  # d loss / d sum; returned are d loss / d x and d loss / d logits
@@ -157,10 +157,11 @@ def total_cross_entropy(x, logits):
 
 
 def named_variables(layers, adam, iteration):
-    """Return a model's variables, by the names that they have if it is alone in its graph.
+    """Return a model's variables by their names in a checkpoint.
 
-    Adam keeps two running means for each weight, m of its gradient and v of the gradient's square,
-    and two powers, beta1^t and beta2^t, the only scalars among its variables.
+    They are those of the first model in a graph; TensorFlow names a second one's otherwise. Adam
+    keeps two running means for each weight, m of its gradient and v of the gradient's square, and
+    two powers, beta1^t and beta2^t, the only scalars among its variables.
     """
     beta1_power, beta2_power = [v for v in adam.variables() if v.shape.rank == 0]
     named = {"global_step": iteration, "beta1_power": beta1_power, "beta2_power": beta2_power}
@@ -200,7 +201,6 @@ class VAE:
             batch_size = tf.shape(self.x)[0]
             x_shards = split(self.x, shards)
             fc = tf.concat(network(x_shards, ENCODER, self.layers), axis=0)
-            self.encoder_depth = len(self.layers)  # for explore.html: where the decoder begins
             self.mu = fc[:, :LATENT]  # (B, K)
             # estimate log sigma^2 for numerical stability
             self.log_sig_sq = fc[:, LATENT:]  # (B, K)
@@ -235,10 +235,10 @@ class VAE:
             self.loss = self.kld + self.rec_loss
 
         # The tutorial's text leaves out `step` and the optimizer. Here it is Adam as TensorFlow has
-        # it; an update adds 1 to iteration. GATE_GRAPH: all gradients before any weight changes.
+        # it, and adds 1 to iteration. GATE_GRAPH: no weight changes while a gradient may need it.
         adam = tf.train.AdamOptimizer(learning_rate)
         self.weights = [layer[part] for layer in self.layers for part in ("kernel", "bias")]
-        self.opt = adam.minimize(self.loss, self.iteration, self.weights, adam.GATE_GRAPH)
+        self.opt = adam.minimize(self.loss, self.iteration, gate_gradients=adam.GATE_GRAPH)
         self.variables = named_variables(self.layers, adam, self.iteration)
         self.saver = tf.train.Saver(self.variables)
 
@@ -278,12 +278,10 @@ def display_manifold(model, sess, path="latent.png"):
     fig = matplotlib.figure.Figure(figsize=(side / 100, side / 100), dpi=100)
     fig.figimage(matplotlib.colormaps["Greys_r"](figure, bytes=True), margin, margin)  # unscaled
     area = (margin / side, margin / side, size / side, size / side)
-    axes = fig.add_axes(area, facecolor="none")
+    axes = fig.add_axes(area, frame_on=False)
     edge = 2 + 2 / (n - 1)  # half a step beyond 2, where the outermost images have their centres
     axes.set(xlabel="z[0]", ylabel="z[1]", xlim=(-edge, edge), ylim=(-edge, edge))
     axes.set(xticks=np.linspace(-2, 2, 9), yticks=np.linspace(-2, 2, 9))
-    axes.spines[:].set_position(("outward", 3))  # on the edge they would cover pixels
-    axes.spines[["top", "right"]].set_visible(False)
     fig.savefig(path, format="png")
     return figure
 
@@ -316,9 +314,9 @@ def random_batches(x_train, batch_size=BATCH_SIZE, seed=0, first=0):
 def train(model, sess, x_train, run, log_every, checkpoint_every, stopped):
     """Make the updates that a run still lacks, as the loop of the tutorial's main block does.
 
-    `run`, a `Run` (further down), knows its settings and how many updates were made, keeps the
-    log and saves checkpoints. `stopped` is a list, empty until Ctrl-C or another signal puts its
-    number there: then the iteration is completed, saved, and the last one.
+    `run`, a `Run` (further down), knows its settings and how many updates were made, keeps the log
+    and saves checkpoints. `stopped` is a list, empty until Ctrl-C or another signal puts its number
+    there: then the run is saved after the iteration at hand, and training ends.
     """
     # sess.run(model.opt, {model.x: batch}), prepared once. It fetches, and so computes, no losses.
     update = sess.make_callable(model.opt, feed_list=[model.x])
@@ -344,7 +342,7 @@ def train(model, sess, x_train, run, log_every, checkpoint_every, stopped):
 # ----------------------------------------------------------------------------- data files
 # The directory of this file, or the current one, if the text stands in a notebook's cell.
 HERE = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()
-DATA = "data/mnist.npz"  # there
+DATA = "data/mnist.npz"  # below HERE
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")  # in such a file
 RECIPE = 'README has a recipe, "Other data"'
 FILE_KINDS = {b"\x1f\x8b": "a gzip file", b"\x93NUMPY": "a single array", b"\x80": "a pickle"}
@@ -363,7 +361,7 @@ def kind_of_file(start):
 def file_error(error, path):
     """Return an OSError that says which file it is about."""
     reason = error.strerror or str(error)
-    if isinstance(error, PermissionError) and os.name == "nt":  # Windows
+    if isinstance(error, PermissionError) and sys.platform == "win32":
         reason += "; is it open in another program?"
     return OSError(error.errno, reason, str(path))
 
@@ -497,8 +495,9 @@ def one_line(error):
     """Return what an exception says, in one line."""
     text = str(error)
     if isinstance(error, tf.errors.OpError):
-        text = error.message.split("\n\t [[")[0]  # then it says where in the graph
-        text = text.strip().split("\n")[-1]
+        # The first of perhaps several errors: "2 root error(s) found.\n  (0) INTERNAL:
+        # ...\n\t [[..."
+        text = error.message.split("\n\t [[")[0].strip().split("\n")[-1]
     elif isinstance(error, OSError) and error.strerror:
         name = error.filename or "standard output"  # only print's errors have no name
         text = f"{name}: {error.strerror}"
@@ -530,7 +529,8 @@ def stop_signals():
     """Yield a list, to which SIGINT, SIGTERM and SIGHUP append their numbers.
 
     Each is noted once; a second one has its usual effect, which is to end the program at
-    once. In the end all have their handlers of before. One that was ignored stays ignored.
+    once. In the end all have their handlers of before. One that was ignored stays
+    ignored.
     """
     stopped = []
     previous = {}  # the handlers, by number
@@ -555,7 +555,7 @@ def stop_signals():
 
 
 # ------------------------------------------------------------------------ the run on disk
-# The options which, with the data, decide every bit of a run's result:
+# The options which, with the data, decide every bit of a result after so many iterations:
 SETTINGS = ("decoder", "seed", "batch_size", "learning_rate", "shards")
 # What a run writes about its newest checkpoint:
 RESULTS = ("latent.png", "explore.html", "metrics.json", "report.png")
@@ -617,9 +617,10 @@ def whole_file(path):
 class Run:
     """A training run, and where it stands; run.json records all of it but the directory.
 
-    A save writes run.json, then log.csv. A kill in between would leave log.csv without the
-    newest lines, so run.json has them, too, and the size that log.csv has before them: a
-    resumed run cuts log.csv to that size and appends them (again, if they were there).
+    A save writes run.json, then log.csv. A kill in between would leave log.csv without
+    the newest lines, so run.json has them, too, and the size that log.csv has before
+    them: a resumed run cuts log.csv to that size and appends them (again, if they were
+    there).
     """
 
     directory: Path
@@ -708,6 +709,9 @@ class Run:
                 file.write("".join(header + self.new_lines).encode())
                 file.flush()
                 os.fsync(file.fileno())
+                # run.json on the disk still has the size and lines of before, with which
+                # this can be repeated; the lines of the next checkpoint will come after
+                # these.
                 self.log_size = file.tell()
                 self.new_lines = []
         except OSError as error:
@@ -727,7 +731,7 @@ def read_run(folder):
     except (ValueError, TypeError) as error:
         raise CheckpointError(
             f"{path}: expected the record of a run, got a damaged file; "
-            "--overwrite begins a new one"
+            "a run with --overwrite replaces it"
         ) from error
 
 
@@ -826,6 +830,7 @@ def restore(model, sess, path):
                 continue
             expected = variable.shape.as_list()
             if found != expected:
+                found = "missing" if found is None else found
                 raise ValueError(f"of another network: {variable_name} is {found}, not {expected}")
             values.append(reader.get_tensor(variable_name))
     except (tf.errors.OpError, RuntimeError, LookupError, ValueError) as error:
@@ -1002,9 +1007,10 @@ def page_layers(layers, sess):
 
 
 def grid_offsets(model, sess, grid):
-    """Return log p(z) + sum_d log(1 - r_d), but for a constant, for each code of a grid.
+    """Return what log p(x, z) is made of that does not depend on x, for each code of a grid.
 
-    The page adds x . logits, and has log p(x, z) of the image x at hand.
+    log p(x, z) = log p(z) - RecLoss = -|z|^2 / 2 + x . logits - sum softplus(logits) + a
+    constant. The page adds the second term, for the image x at hand.
     """
     offsets = []
     for y in grid[::-1]:  # from the top
@@ -1019,7 +1025,8 @@ def page_numbers(model, sess, test, run):
     images, labels = (part[:10000] for part in test)
     shown = [np.flatnonzero(labels == label)[:2] for label in ten_classes(labels)]
     shown = np.concatenate(shown)
-    # The page begins with the one whose p(z | x) is least like q(z | x); a coarse grid will do.
+    # The page begins with the one whose p(z | x) is least like q(z | x); a coarse grid
+    # will do.
     divergences = evaluate(model, sess, images[shown], reach=4.5, step=0.1)["KL(q || p)"]
     codes = []
     losses = []
@@ -1028,12 +1035,14 @@ def page_numbers(model, sess, test, run):
         mu, rec_losses, klds = sess.run([model.mu, model.rec_losses, model.klds], {model.x: x})
         codes.append(mu)
         losses.append(rec_losses + klds)
+    elu_units, linear_units = ENCODER
+    depth = len(elu_units) + len(linear_units)
     grid = np.linspace(-4.5, 4.5, 121)  # nearly all codes are there; a step of 0.075
     return {
         "run": run.title,
         "kind": "digit" if run.has_digits else "image",  # what to call an image
-        "encoder": page_layers(model.layers[: model.encoder_depth], sess),
-        "decoder": page_layers(model.layers[model.encoder_depth :], sess),
+        "encoder": page_layers(model.layers[:depth], sess),
+        "decoder": page_layers(model.layers[depth:], sess),
         # mu and the label of each test image, and a colour for each label
         "codes": encode_array(np.concatenate(codes)),
         "labels": labels.tolist(),
@@ -1052,12 +1061,18 @@ def page_numbers(model, sess, test, run):
 
 
 def explore(model, sess, test, run):
-    """Write explore.html, the frame in data/ with a run's numbers; return its path, or None."""
+    """Write explore.html, the frame in data/ with a run's numbers; return its path, or None.
+
+    The page decodes, in JavaScript, the code under the pointer, and encodes the image
+    that is picked or drawn: it draws q(z | x) as ellipses over p(z | x), which it
+    computes on a grid.
+    """
     frame = HERE / "data" / "explore.html"
     if not frame.exists():  # the module was copied without it
         return None
     text = json.dumps(page_numbers(model, sess, test, run))
-    # The frame has them in <script id="numbers" ...>null</script>, with null in their place.
+    # The frame has them in <script id="numbers" ...>null</script>, with null in their
+    # place.
     content = frame.read_bytes().replace(b">null<", f">{text}<".encode())
     path = run.directory / "explore.html"
     with whole_file(path) as temporary:
@@ -1092,7 +1107,7 @@ def draw_codes(axes, mu, labels, kld, kind):
 
 
 def draw_sheet(axes, model, sess, test, mu, rec_loss, kind):
-    """Draw ten images of each of ten labels, and below each what the decoder makes of its mu."""
+    """Draw up to ten images of up to ten labels, and below each what its mu is decoded to."""
     images, labels = test
     classes = ten_classes(labels)
     sheet = np.zeros((len(classes) * 2 * SIDE, 10 * SIDE), np.float32)
@@ -1203,7 +1218,8 @@ class Parser(argparse.ArgumentParser):
 
 def whole_number(text, lowest=1, highest=2**31 - 1):
     """Return the whole number that a text stands for."""
-    # int raises another error for thousands of digits.
+    # int refuses thousands of digits with a ValueError, which argparse would report less
+    # clearly.
     if not text.isdecimal() or len(text) > 10 or not lowest <= int(text) <= highest:
         expected = f"a whole number from {lowest} to {highest}"
         raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
@@ -1234,8 +1250,8 @@ def rate(text):
 def output_directory(text):
     """Return the path that a text stands for, if TensorFlow can use it.
 
-    It takes * ? [ and \\ for patterns. What is not UTF-8 it cannot open; Python has such bytes
-    as surrogates, which have no encoding.
+    It takes * ? [ and \\ for patterns. What is not UTF-8 it cannot open; Python has such
+    bytes as surrogates, which have no encoding.
     """
     path = Path(text)
     is_utf8 = text == text.encode(errors="ignore").decode()
@@ -1254,7 +1270,12 @@ def make_parser():
     option("--iterations", type=whole_number, help=f"updates to make (default: {ITERATIONS})")
     option("--batch-size", type=whole_number, default=BATCH_SIZE, help="images an iteration")
     option("--learning-rate", type=rate, default=LEARNING_RATE, help="step size of Adam")
-    option("--decoder", choices=DECODERS, default="tutorial", help="the listing's or the text's")
+    option(
+        "--decoder",
+        choices=DECODERS,
+        default="tutorial",
+        help="its layers: 256, 128, 64, 4, or mirrored",
+    )
     option("--seed", type=seed_number, default=0, help="decides everything random")
     option("--shards", type=shard_number, help="parts of a batch (default: as suits the machine)")
     option("--log-every", type=whole_number, default=100, help="iterations a log line")

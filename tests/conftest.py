@@ -1,25 +1,25 @@
-"""Support for the tests: models in sessions of their own, trained runs, and real processes."""
+"""Support for the tests: models in sessions of their own, trained runs, and browsers."""
 
 import os
 import shutil
+import signal
 import subprocess
-import sys
 from contextlib import contextmanager
 from pathlib import Path
 
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"  # until TensorFlow is loaded, here alone
 os.environ["MPLBACKEND"] = "agg"  # no window opens, whatever display there is
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 
+import matplotlib.figure
+import numpy as np
 import pytest
 import runs
 import tensorflow.compat.v1 as tf
+from reference import Reference
 
 import vae_mnist
 
 del os.environ["TF_CPP_MIN_LOG_LEVEL"]
-SMALL_RUN = ["--iterations", "4", "--batch-size", "32", "--log-every", "2"]
 
 
 @contextmanager
@@ -32,17 +32,36 @@ def built(**settings):
             yield model, sess
 
 
+@contextmanager
+def rough(scale=1.5, **settings):
+    """Yield a model with larger weights and random biases, its session, and the same in NumPy."""
+    rng = np.random.default_rng(0)
+    with built(**settings) as (model, sess):
+        for v in model.weights:
+            value = scale * sess.run(v) if "kernel" in v.name else rng.normal(0, 0.3, v.shape)
+            v.load(value.astype(np.float32), sess)
+        yield model, sess, Reference(sess.run(model.weights), model.decoder)
+
+
+@contextmanager
+def figures_saved():
+    """Yield a list, to which every figure is added that is saved."""
+    figures = []
+    savefig = matplotlib.figure.Figure.savefig
+
+    def keep(figure, *arguments, **how):
+        figures.append(figure)
+        savefig(figure, *arguments, **how)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(matplotlib.figure.Figure, "savefig", keep)
+        yield figures
+
+
 @pytest.fixture(scope="session")
 def mnist():
     """The real data set, as load_mnist returns it."""
     return vae_mnist.load_mnist()
-
-
-@pytest.fixture
-def data_in_memory(mnist, monkeypatch):
-    """Take the real data set from memory in each of the many runs in this process."""
-    load = vae_mnist.load_mnist
-    monkeypatch.setattr(vae_mnist, "load_mnist", lambda path=None: load(path) if path else mnist)
 
 
 @pytest.fixture(scope="session")
@@ -60,7 +79,7 @@ def trained_runs(tmp_path_factory):
 def finished(tmp_path_factory):
     """The folder of a short finished run; tests copy it before they change it."""
     output = tmp_path_factory.mktemp("finished")
-    assert runs.main(output) == 0
+    assert runs.main(output, "--shards", 2) == 0
     return output
 
 
@@ -71,40 +90,12 @@ def run_folder(finished, tmp_path):
 
 
 @pytest.fixture
-def fail_in_iteration(monkeypatch):
-    """A function that starts a run which fails in an iteration that is logged."""
-
-    def fail(iteration, output, *options):
-        step = vae_mnist.VAE.step
-
-        def failing(model, batch, sess):
-            if sess.run(model.iteration) == iteration:
-                raise MemoryError(f"in iteration {iteration}")
-            return step(model, batch, sess)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(vae_mnist.VAE, "step", failing)
-            assert runs.main(output, *options) == 1
-
-    return fail
-
-
-@pytest.fixture
-def unfinished(tmp_path, fail_in_iteration):
-    """A run of 6 iterations that failed in iteration 4, so that its checkpoint is of 3."""
-    fail_in_iteration(4, tmp_path / "run")
+def unfinished(tmp_path):
+    """A run of 6 iterations that was killed in its second save, so that its checkpoint is of 3."""
+    kill = ("vae_mnist.Run.save", 2, signal.SIGKILL)
+    killed = runs.Forked(tmp_path / "run", "--shards", 2, signals=kill)
+    assert killed.end()[0] == -signal.SIGKILL
     return tmp_path / "run"
-
-
-def program(*arguments):
-    """Return the command that starts the program as a process of its own."""
-    return [sys.executable, str(ROOT / "vae_mnist.py"), *map(str, arguments)]
-
-
-def run_program(*arguments, **how):
-    """Run the program to its end as a process of its own."""
-    how = {"capture_output": True, "text": True, "timeout": 120, **how}
-    return subprocess.run(program(*arguments), check=False, **how)
 
 
 def chromium(profile):

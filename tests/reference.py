@@ -63,17 +63,17 @@ class Reference:
         return logits @ np.asarray(x, np.float64) - softplus_sum(logits)
 
     def run(self, x, eps):
-        """Return kld, rec_loss; leave mu, log_sig_sq, z, logits and the gradients of their sum."""
+        """Return kld, rec_loss; leave what they are made of, and the gradients of their sum."""
         x = np.asarray(x, np.float64)
         eps = np.asarray(eps, np.float64)
         count = len(x)
         self.mu, self.log_sig_sq = mu, s = self.encode(x)
         self.z = mu + np.exp(s / 2) * eps
         self.logits = logits = self.decode(self.z)
-        kld = 0.5 * np.sum(np.exp(s) - s + mu**2 - 1) / count
-        rec_loss = np.sum(softplus_sum(logits) - np.sum(x * logits, axis=1)) / count
+        self.klds = 0.5 * np.sum(np.exp(s) - s + mu**2 - 1, axis=1)
+        self.rec_losses = softplus_sum(logits) - np.sum(x * logits, axis=1)
         dz = self.backward((1 / (1 + np.exp(-logits)) - x) / count, self.decoder)
         d_mu = dz + mu / count
         d_s = dz * eps * np.exp(s / 2) / 2 + (np.exp(s) - 1) / 2 / count
         self.backward(np.concatenate([d_mu, d_s], axis=1), self.encoder)
-        return kld, rec_loss
+        return np.mean(self.klds), np.mean(self.rec_losses)

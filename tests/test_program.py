@@ -1,4 +1,4 @@
-"""The program as its user meets it: real runs on the real data, wrong options, the live line."""
+"""The program as its user meets it: processes, wrong options, the tutorial's main block, a notebook."""
 
 import os
 import pty
@@ -6,237 +6,214 @@ import re
 import resource
 import subprocess
 import sys
+import threading
+from functools import partial
 
-import matplotlib.image
 import pytest
-from conftest import ROOT, SMALL_RUN, program, run_program
+from processes import ROOT
+from runs import DATA, SHORT, Forked, main, program, stopped
 
 import vae_mnist
 
-
-@pytest.mark.slow
-def test_same_seed_gives_the_same_log_and_picture(tmp_path, capsys):
-    """In a process of its own, and in this one."""
-    first = run_program(*SMALL_RUN, "--output-dir", tmp_path / "a" / "b")
-    assert first.returncode == 0, first.stderr
-    assert not first.stderr  # no live line, and no word of TensorFlow's
-    assert vae_mnist.main([*SMALL_RUN, "--output-dir", str(tmp_path / "c")]) == 0
-    second = capsys.readouterr().out.splitlines()
-    assert vae_mnist.main([*SMALL_RUN, "--output-dir", str(tmp_path / "d"), "--seed", "1"]) == 0
-    other = capsys.readouterr().out.splitlines()
-    lines = first.stdout.splitlines()
-    number = r"\d+\.\d{6}"
-    for i, line in zip((0, 2), lines):
-        assert re.fullmatch(rf"Iteration {i}: KLD = {number}, RecLoss = {number}", line)
-    assert len(lines) == 3 and str(tmp_path / "a" / "b" / "latent.png") in lines[2]
-    assert second[:2] == lines[:2] != other[:2]
-    pictures = [(tmp_path / d / "latent.png").read_bytes() for d in ("a/b", "c", "d")]
-    assert pictures[0] == pictures[1] != pictures[2]
-    assert matplotlib.image.imread(tmp_path / "c" / "latent.png").shape[0] > 840
-
-
-def test_losses_fall(tmp_path, capsys):
-    assert (
-        vae_mnist.main(["--iterations", "61", "--log-every", "20", "--output-dir", str(tmp_path)])
-        == 0
-    )
-    losses = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()[:4]]
-    assert 540 < losses[0] < 546  # 784 log 2 = 543.4: a coin's toss for every pixel
-    assert losses[-1] < 230
+FILES = ["checkpoint", "explore.html", "latent.png", "log.csv"]
 
 
 @pytest.mark.slow
-def test_live_line_is_there_on_a_terminal_only(tmp_path):
+def test_run_prints_its_losses_alone_and_a_live_line_on_a_terminal(tmp_path):
+    """All defaults but the number of iterations, as a user starts it, beside another one."""
+    how = {"stdout": subprocess.PIPE, "text": True, "cwd": tmp_path}
+    command = program("--iterations", 301)
     ours, theirs = pty.openpty()
-    arguments = ["--iterations", 150, "--output-dir", tmp_path]
-    with subprocess.Popen(program(*arguments), stdout=subprocess.PIPE, stderr=theirs) as process:
-        os.close(theirs)
-        shown = b""
-        try:
-            while part := os.read(ours, 4096):
-                shown += part
-        except OSError:
-            pass  # how Linux says that the other end was closed
-        out = process.stdout.read().decode()
+    on_terminal = subprocess.Popen([*command, "--output-dir", "other"], stderr=theirs, **how)
+    os.close(theirs)
+    done = subprocess.run(command, stderr=subprocess.PIPE, check=True, **how)
+    shown = b""
+    try:
+        while part := os.read(ours, 4096):
+            shown += part
+    except OSError:
+        pass  # how Linux says that the other end was closed
     os.close(ours)
-    assert process.returncode == 0
+    out, _ = on_terminal.communicate(timeout=60)
     assert re.search(rb"\d+%, \d+ iterations/s, \d+ s left", shown)
     assert shown.endswith(b"\r\x1b[K")  # nothing of it is left behind
-    assert [line.split(":")[0] for line in out.splitlines()[:2]] == ["Iteration 0", "Iteration 100"]
+    assert done.stderr == ""  # no live line, and no word of TensorFlow's
+    lines = done.stdout.splitlines()
+    assert out.splitlines()[:4] == lines[:4]
+    for i, line in zip((0, 100, 200, 300), lines):
+        assert re.fullmatch(rf"Iteration {i}: KLD = \d+\.\d{{6}}, RecLoss = \d+\.\d{{6}}", line)
+    losses = [float(line.split()[-1]) for line in lines[:4]]
+    assert 540 < losses[0] < 546  # 784 log 2 = 543.4: a coin's toss for every pixel
+    assert losses[-1] < 205
+    assert len(lines) == 5 and "outputs/latent.png" in lines[4] and "explore.html" in lines[4]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "outputs"]
+    assert sorted(path.name for path in (tmp_path / "outputs").iterdir()) == FILES
+
+
+def test_few_iterations_lower_the_losses(tmp_path, capsys):
+    """A smoke test on the real data."""
+    options = ["--iterations", "61", "--log-every", "20", "--output-dir", str(tmp_path / "a" / "b")]
+    assert vae_mnist.main(options) == 0
+    losses = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()[:4]]
+    assert 540 < losses[0] < 546 and losses[-1] < 230
+    assert sorted(path.name for path in (tmp_path / "a" / "b").iterdir()) == FILES
 
 
 BAD_OPTIONS = [
-    ("--iterations", "0", "from 1"),
-    ("--iterations", "-3", "from 1"),
-    ("--iterations", "2.5", "whole number"),
-    ("--iterations", "many", "whole number"),
-    ("--iterations", "99999999999999999999", "whole number"),
-    ("--batch-size", "0", "from 1"),
-    ("--batch-size", "²", "whole number"),
-    ("--log-every", "0", "from 1"),
+    ("--iterations", "0", "whole number from 1 to 2147483647"),
+    ("--iterations", "99999999999999999999", "whole number from 1"),
+    ("--batch-size", "²", "whole number from 1"),
     ("--seed", "-1", "from 0"),
     ("--learning-rate", "nan", "above 0"),
-    ("--learning-rate", "inf", "above 0"),
-    ("--learning-rate", "0", "above 0"),
-    ("--learning-rate", "-0.1", "above 0"),
     ("--learning-rate", "1e-60", "above 0"),
     ("--learning-rate", "fast", "above 0"),
     ("--decoder", "large", "mirrored"),
-    ("--shards", "0", "from 1 to 64"),
     ("--shards", "65", "from 1 to 64"),
     ("--output-dir", "out\udcff", "a name in UTF-8"),
     ("--output-dir", "lr=[1]", "no * ? ["),  # TensorFlow would look for what this matches
-    ("--output-dir", "a\\b", "no * ? ["),
 ]
 
 
-@pytest.mark.parametrize(("option", "value", "expected"), BAD_OPTIONS)
-def test_wrong_option_is_refused_in_one_line(option, value, expected, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        vae_mnist.main(["--output-dir", str(tmp_path / "out"), option + "=" + value])
-    out, err = capsys.readouterr()
-    assert stop.value.code == 2 and not out and err.count("\n") == 1
-    assert option in err and expected in err and repr(value) in err
-    assert not (tmp_path / "out").exists()
-
-
-def test_unknown_option_and_stray_argument_are_refused_in_one_line(capsys):
-    for argv in (["--epochs", "3"], ["data.npz"], ["--data"], ["--two\nlines"]):
-        with pytest.raises(SystemExit) as stop:
-            vae_mnist.main(argv)
-        assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
-
-
-def test_output_directory_that_cannot_be_used_is_refused_in_one_line(tmp_path, capsys):
+def test_wrong_options_are_refused_in_one_line(tmp_path, capsys):
+    for option, value, expected in BAD_OPTIONS:
+        err = stopped(capsys, 2, tmp_path / "out", option + "=" + value)
+        assert option in err and expected in err and repr(value) in err
+    for words in (["--epochs", "3"], ["data.npz"], ["--data"], ["--two\nlines"]):
+        stopped(capsys, 2, tmp_path / "out", *words)
     (tmp_path / "file").write_text("mine")
-    for path in (tmp_path / "file", tmp_path / "file" / "below", "/proc/version/x", "/proc/1"):
-        with pytest.raises(SystemExit) as stop:
-            vae_mnist.main(["--output-dir", str(path)])
-        err = capsys.readouterr().err
-        assert stop.value.code == 2 and err.count("\n") == 1 and str(path) in err
-    assert (tmp_path / "file").read_text() == "mine"
+    for path in (tmp_path / "file", tmp_path / "file" / "below", "/proc/1"):
+        assert str(path) in stopped(capsys, 2, path)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
 
 
 @pytest.mark.slow
-def test_batch_beyond_memory_is_one_line(tmp_path):
-    """With a bound on the process, since a machine may promise more memory than it has."""
-    process = run_program(
-        *("--batch-size", 2**31 - 1, "--output-dir", tmp_path),
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (2**36, 2**36)),
-    )
-    assert process.returncode == 1 and process.stderr.count("\n") == 1
-    assert "no memory, with batches of 2147483647 images" in process.stderr
+def test_process_says_in_one_line_what_is_wrong(tmp_path):
+    """A name that is no text, and a batch beyond the memory that it may have."""
+    status, err = Forked(tmp_path / "out", "--data", "\udcff").end()  # the byte 255
+    assert (status, err) == (2, "vae_mnist.py: error: \\udcff: No such file or directory\n")
+    assert not (tmp_path / "out").exists()
+    bound = partial(resource.setrlimit, resource.RLIMIT_AS, (2**34, 2**34))
+    status, err = Forked(tmp_path / "out", "--batch-size", 2**31 - 1, first=[bound]).end()
+    assert status == 1 and err.count("\n") == 1
+    assert "no memory, with batches of 2147483647 images" in err
 
 
-@pytest.mark.slow
-def test_standard_output_that_cannot_be_written_is_named_and_a_closed_one_is_no_fault(tmp_path):
+def test_standard_output_that_cannot_be_written_is_named(tmp_path, monkeypatch, capsys):
     ours, theirs = os.pipe()
     os.close(ours)  # as `| head -n 1` does after a line
-    full = os.open("/dev/full", os.O_WRONLY)
-    cases = {  # where it goes, the exit status and what is said of it
-        "closed": (">&-", 0, ""),
-        "full": (f">&{full}", 1, "vae_mnist.py: error: standard output: No space left on device\n"),
-        "broken": (f">&{theirs}", 1, "vae_mnist.py: error: standard output: Broken pipe\n"),
-    }
+    for where, reason in (("/dev/full", "No space left on device"), (theirs, "Broken pipe")):
+        out = open(where, "w")  # noqa: SIM115
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", out)
+            assert main(tmp_path) == 1
+        err = capsys.readouterr().err
+        assert err == f"vae_mnist.py: error: standard output: {reason}\n"
+        with pytest.raises(OSError):  # the same line, once more
+            out.close()
+
+
+@pytest.mark.slow
+def test_run_needs_no_standard_streams(tmp_path):
     processes = []
-    for name, (where, _, _) in cases.items():
-        command = " ".join([*program(*SMALL_RUN, "--output-dir", tmp_path / name), where])
-        how = {"stderr": subprocess.PIPE, "text": True, "pass_fds": (full, theirs)}
+    for name, closed in (("out", ">&-"), ("err", "2>&-")):
+        command = " ".join([*program(*SHORT, "--output-dir", tmp_path / name), closed])
+        how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         processes.append(subprocess.Popen(["bash", "-c", command], **how))
-    for process, (_, status, said) in zip(processes, cases.values()):
-        _, err = process.communicate(timeout=120)
-        assert (process.returncode, err) == (status, said)
-    os.close(full)
-    os.close(theirs)
-    assert (tmp_path / "closed" / "latent.png").exists()
+    (no_out, err), (out, no_err) = [process.communicate(timeout=60) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert no_out == err == no_err == "" and "latent.png" in out
+    for name in ("out", "err"):
+        assert sorted(path.name for path in (tmp_path / name).iterdir()) == FILES
 
 
-@pytest.mark.slow
-def test_real_process_says_what_is_wrong_in_one_line(tmp_path):
-    how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": tmp_path}
-    names = {"no-such.npz": "no-such.npz", "\udcff": "\\udcff"}  # the byte 255, as Python has it
-    processes = [subprocess.Popen(program("--data", name), **how) for name in names]
-    for process, shown in zip(processes, names.values()):
-        out, err = process.communicate(timeout=120)
-        assert process.returncode == 2 and not out
-        assert err == f"vae_mnist.py: error: {shown}: No such file or directory\n"
-    assert not list(tmp_path.iterdir())
-
-
-def test_help_gives_every_option_and_its_default(capsys):
-    with pytest.raises(SystemExit) as stop:
-        vae_mnist.main(["--help"])
+def test_help_gives_the_options_and_their_defaults(tmp_path, capsys):
+    assert main(tmp_path, "--help") == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert stop.value.code == 0
-    for option, default in [
-        ("--data FILE", "data/mnist.npz"),
-        ("--output-dir OUTPUT_DIR", "outputs"),
-        ("--iterations ITERATIONS", "5000"),
-        ("--batch-size BATCH_SIZE", "256"),
-        ("--learning-rate LEARNING_RATE", "0.001"),
-        ("--decoder {tutorial,mirrored}", "tutorial"),
-        ("--seed SEED", "0"),
-        ("--log-every LOG_EVERY", "100"),
-        ("--checkpoint-every CHECKPOINT_EVERY", "500"),
-        ("--shards SHARDS", "as suits the machine"),
-        ("--resume", "False"),
-        ("--overwrite", "False"),
-        ("--report", "False"),
-        ("--show", "False"),
-    ]:
-        assert re.search(rf"{option} [^()]*\(default: {default}\)", text), option
+    defaults = {"data": "data/mnist.npz", "output-dir": "outputs", "iterations": 5000, "seed": 0}
+    defaults |= {"batch-size": 256, "learning-rate": 0.001, "decoder": "tutorial", "show": False}
+    defaults |= {"log-every": 100, "checkpoint-every": 500, "shards": "as suits the machine"}
+    for option, default in defaults.items():
+        assert re.search(rf"--{option} [^()]*\(default: {default}\)", text), option
 
 
-@pytest.mark.slow
-def test_module_writes_nothing_on_import(tmp_path):
-    code = "import os, vae_mnist; print(sorted(os.listdir()), 'TF_CPP_MIN_LOG_LEVEL' in os.environ)"
-    environment = {k: v for k, v in os.environ.items() if k != "TF_CPP_MIN_LOG_LEVEL"}
-    environment["PYTHONPATH"] = str(ROOT)
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, check=True
-    )
-    assert done.stdout.decode() == "[] False\n"
-
-
-# The tutorial's own main block, its last listing. The names that a PDF broke are whole again, and
-# iterations and its data are given from outside; nothing else is changed.
-MAIN_BLOCK = """
-if __name__ == '__main__':
-    # ignore testing data and labels
-    (x_train, _),_ = mnist.load_data()
-    x_train = (x_train / 255.0).reshape(-1, 28**2)
-    model = VAE()
-    batch = 256
-    iterations = 5000
-    with tf.Session() as sess:
-        sess.run(tf.global_variables_initializer())
-        for i in range(iterations):
-            batch_idx = np.random.randint(len(x_train), size=batch)
-            x_batch = x_train[batch_idx, :]
-            kld, rec_loss = model.step(x_batch, sess)
-            if i % 100 == 0:
-                print("Iteration%d:KLD=%f,RecLoss=%f" % (i, kld, rec_loss))
-        display_manifold(model, sess)
+BEFORE_THE_MAIN_BLOCK = """
+import os
+import numpy as np
+import tensorflow.compat.v1 as tf
+before = dict(os.environ)
+import vae_mnist
+from vae_mnist import VAE, display_manifold
+# Importing writes, builds and switches nothing.
+assert os.listdir() == [] and dict(os.environ) == before
+assert tf.executing_eagerly() and not tf.get_default_graph().get_operations()
+class mnist: load_data = vae_mnist.load_mnist
+tf.disable_eager_execution()
 """
 
 
 @pytest.mark.slow
 def test_main_block_of_the_tutorial_runs_as_it_stands(tmp_path):
-    code = f"""
-import numpy as np
-import tensorflow.compat.v1 as tf
-import vae_mnist
-from vae_mnist import VAE, display_manifold
-class mnist: load_data = vae_mnist.load_mnist
-tf.disable_eager_execution()
-{MAIN_BLOCK.replace("5000", "301")}
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True,
-                          env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False)  # fmt: skip
+    """Its last listing, with the names that a PDF broke whole again, and fewer iterations."""
+    main_block = ROOT / "tests" / "tutorial_checkpoint" / "main_block.txt"
+    code = BEFORE_THE_MAIN_BLOCK + main_block.read_text().replace("5000", "201")
+    environment = {name: os.environ[name] for name in ("HOME", "PATH")}  # not what we import
+    environment["PYTHONPATH"] = str(ROOT)
+    how = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True}
+    done = subprocess.run([sys.executable, "-c", code], check=False, **how)
     assert done.returncode == 0, done.stderr
-    lines = done.stdout.decode().splitlines()
-    assert [line.split(":")[0] for line in lines] == [f"Iteration{i}" for i in (0, 100, 200, 300)]
+    lines = done.stdout.splitlines()
+    assert [line.split(":")[0] for line in lines] == [f"Iteration{i}" for i in (0, 100, 200)]
     first, last = (float(line.split("RecLoss=")[1]) for line in (lines[0], lines[-1]))
     assert first > 500 and last < 250
     assert [path.name for path in tmp_path.iterdir()] == ["latent.png"]
-    assert matplotlib.image.imread(tmp_path / "latent.png").shape[0] > 840
+
+
+BEFORE_A_RUN = """
+import os, signal, sys, warnings
+
+def found():
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    return sys.stdout, sys.stderr, dict(os.environ), handlers
+before = found()
+"""
+AFTER_IT = """
+assert found() == before
+warnings.warn("still seen")
+try:
+    signal.raise_signal(signal.SIGINT)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+@pytest.mark.slow
+def test_notebook_runs_it_again_and_again_and_keeps_what_is_its_own(tmp_path):
+    """As README says: %run, and the module's text in a cell."""
+    pytest.importorskip("ipykernel", reason="no kernel")
+    nbclient = pytest.importorskip("nbclient", reason="nothing to run a notebook with")
+    nbformat = pytest.importorskip("nbformat")
+    text = (ROOT / "vae_mnist.py").read_text()
+    text = text.replace("ITERATIONS = 5000", "ITERATIONS = 4")
+    text = text.replace('DATA = "data/mnist.npz"', f"DATA = {str(DATA)!r}")
+    magic = f"%run {ROOT / 'vae_mnist.py'} {' '.join(SHORT)}"
+    cells = [
+        nbformat.v4.new_code_cell(code) for code in (BEFORE_A_RUN, magic, AFTER_IT, text, AFTER_IT)
+    ]
+    notebook = nbformat.v4.new_notebook(cells=cells)
+    resources = {"metadata": {"path": str(tmp_path)}}
+    nbclient.NotebookClient(
+        notebook, timeout=120, kernel_name="python3", resources=resources
+    ).execute()
+    said = ["".join(output.text for output in cell.outputs) for cell in cells]
+    for i in (1, 3):
+        assert "Iteration 0: KLD = 0.2" in said[i] and "codes is in outputs/latent.png" in said[i]
+        assert "still seen" in said[i + 1] and "interrupted" in said[i + 1]
+    assert said[3].startswith("Replacing the finished run")
+
+
+def test_thread_runs_it_without_taking_signals(tmp_path):
+    results = []
+    thread = threading.Thread(target=lambda: results.append(main(tmp_path)))
+    thread.start()
+    thread.join()
+    assert results == [0] and (tmp_path / "latent.png").exists()
