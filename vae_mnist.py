@@ -7,7 +7,8 @@ Both are trained on KLD + RecLoss, the negative evidence lower bound (-ELBO), in
     KLD     = 1/2 sum_k (exp(log_sig_sq_k) - log_sig_sq_k + mu_k^2 - 1)             (1)
     RecLoss = -sum_d (x_d log r_d + (1 - x_d) log(1 - r_d))                         (2)
 
-    python vae_mnist.py            # train for 5,000 iterations, then draw outputs/latent.png
+    python vae_mnist.py            # train for 5,000 iterations, then draw outputs/latent.png,
+                                   # and write explore.html, which decodes in a browser
     python vae_mnist.py --help     # all options and their defaults
 
 A first reader begins at `SIDE`, stops at the line "beyond the tutorial", and may skip the rest but
@@ -49,7 +50,7 @@ def quiet():
         os.dup2(nowhere, 2)
     kept = os.dup(2)
     os.dup2(nowhere, 2)
-    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"  # read but once, so that it holds afterwards, too
     try:
         yield
     except KeyboardInterrupt:  # Ctrl-C needs no traceback
@@ -107,7 +108,7 @@ def dense(fc_shards, units, layers, activation=None):
     Its variables are named as there (dense/kernel, dense/bias, dense_1/kernel, ...), and appended
     to the list `layers`, with "elu": the page explore.html computes the layers in JavaScript.
     """
-    # A seed for each layer: those that TensorFlow would choose depend on the number of shards.
+    # Each layer has a seed, any number, of its own: TensorFlow's choice depends on the shards.
     glorot = tf.glorot_uniform_initializer(seed=2 * len(layers))
     with tf.variable_scope(None, default_name="dense"):
         kernel = tf.get_variable("kernel", [fc_shards[0].shape[1], units], initializer=glorot)
@@ -161,7 +162,7 @@ def named_variables(layers, adam, iteration):
 
     They are those of the first model in a graph; TensorFlow names a second one's otherwise. Adam
     keeps two running means for each weight, m of its gradient and v of the gradient's square, and
-    two powers, beta1^t and beta2^t, the only scalars among its variables.
+    two powers, beta1^t and beta2^t, in this order the only scalars among its variables.
     """
     beta1_power, beta2_power = [v for v in adam.variables() if v.shape.rank == 0]
     named = {"global_step": iteration, "beta1_power": beta1_power, "beta2_power": beta2_power}
@@ -545,6 +546,7 @@ def stop_signals():
     for name in names:
         number = getattr(signal, name, None)  # Windows has no SIGHUP
         if number is not None and signal.getsignal(number) not in (signal.SIG_IGN, None):
+            # (None is a handler that Python knows nothing of, and could not set again.)
             previous[number] = signal.getsignal(number)
             signal.signal(number, note)
     try:
@@ -706,13 +708,13 @@ class Run:
                 self.log_size = min(self.log_size, size)  # somebody may have shortened it
                 file.truncate(self.log_size)
                 header = [] if self.log_size else ["iteration,kld,rec_loss\n"]
-                file.write("".join(header + self.new_lines).encode())
+                written = file.write("".join(header + self.new_lines).encode())
                 file.flush()
                 os.fsync(file.fileno())
                 # run.json on the disk still has the size and lines of before, with which
                 # this can be repeated; the lines of the next checkpoint will come after
                 # these.
-                self.log_size = file.tell()
+                self.log_size += written
                 self.new_lines = []
         except OSError as error:
             raise file_error(error, path) from error
@@ -912,10 +914,10 @@ def export(model, sess, directory):
 
 
 # --------------------------------------------------------------------- what it has learnt
-# Ten colours that colour-blind people can tell apart (Petroff, arXiv:2107.02270); three
-# of his are replaced, which would not be seen on black or beside the page's glow. They
-# are ordered so that digits which overlap on the plane, such as 3, 5 and 8, or 4, 7 and
-# 9, differ most.
+# Ten colours that colour-blind people can tell apart (Petroff, arXiv:2107.02270), but for three:
+# instead of his they are such as are seen on black, and beside the yellow that glows on
+# the page. They are ordered so that digits which overlap on the plane, such as 3, 5 and
+# 8, differ most.
 COLOURS = [
     "#3f90da", "#b9ac70", "#a96b59", "#c1fdc4", "#92dadd",
     "#6634f8", "#94a4a2", "#717581", "#d1041a", "#e76300",
@@ -934,7 +936,7 @@ def sampled_losses(model, sess, x, seed, samples):
 
 
 def log_likelihood(model, sess, x, reach, step):
-    """Return log p(x), float64 (N,), of images x, (N, D) in [0, 1].
+    """Return log p(x), float64 (N,), of images x, (N, D) in [0, 1], with p(x | z) = exp(-RecLoss).
 
     p(x) is the integral of p(x, z) = p(z) p(x | z) over the plane: nearly the sum of p(x,
     z) over the codes of a grid, times the area that each of them stands for. The
@@ -966,7 +968,9 @@ def evaluate(model, sess, images, seed=0, samples=20, reach=5.5, step=0.05):
     "KLD": equation (1).  "-ELBO": their sum.
     "NLL": the negative log-likelihood -log p(x), from a grid of codes, `step` apart, in a disc of
     radius `reach`.
-    "KL(q || p)": -ELBO - NLL, which equals the divergence of the encoder's q(z | x) from p(z | x).
+    "KL(q || p)": -ELBO - NLL, which is the divergence of q(z | x), the encoder's Gaussian,
+    from p(z | x) = p(x, z) / p(x), the exact posterior:
+    E_q[log q(z | x) - log p(z | x)] = E_q[log q(z | x) - log p(x, z)] + log p(x).
     """
     x = scale(images)
     rec_loss, kld = sampled_losses(model, sess, x, seed, samples)
@@ -991,6 +995,9 @@ def ten_classes(labels):
     return classes[np.round(places).astype(int)]
 
 
+# The page explore.html, whose frame is data/explore.html, has the network in JavaScript.
+# It decodes the code under the mouse, and encodes the image that is picked or drawn: it
+# shows q(z | x) as ellipses over a glow, p(z | x), which it computes on a grid.
 def encode_array(array):
     """Return the bytes of an array as text, for a page."""
     return b64encode(np.ascontiguousarray(array).tobytes()).decode()
@@ -1061,12 +1068,7 @@ def page_numbers(model, sess, test, run):
 
 
 def explore(model, sess, test, run):
-    """Write explore.html, the frame in data/ with a run's numbers; return its path, or None.
-
-    The page decodes, in JavaScript, the code under the pointer, and encodes the image
-    that is picked or drawn: it draws q(z | x) as ellipses over p(z | x), which it
-    computes on a grid.
-    """
+    """Write explore.html, the frame in data/ with a run's numbers; return its path, or None."""
     frame = HERE / "data" / "explore.html"
     if not frame.exists():  # the module was copied without it
         return None
@@ -1089,7 +1091,8 @@ def draw_codes(axes, mu, labels, kld, kind):
             axes.scatter([], [], c=colour, edgecolor="black", label=label)
         axes.legend(title=kind, loc="upper left", bbox_to_anchor=(1, 1))
     else:
-        # The bar has an equal part for each label; ten of them are named, in the middle.
+        # The bar, from 0 to 1, has an equal part for each label, in the order of the keys
+        # of colours. Ten of them are named, in the middle of their parts.
         named = ten_classes(labels)
         positions = np.searchsorted(list(colours), named)
         bar = axes.figure.colorbar(
@@ -1133,7 +1136,7 @@ def draw_losses(axes, path):
         axes.set(title=f"{path.name} has no losses")
         return
     last = f"KLD {kld[-1]:.2f}, RecLoss {rec_loss[-1]:.2f}"
-    axes.set(title=f"One batch in iteration {iterations[-1]:,.0f}: {last}")
+    axes.set(title=f"Losses of a batch; the last, in iteration {iterations[-1]:,.0f}: {last}")
     axes.set(xlabel=f"iteration; RecLoss begins at {rec_loss[0]:.2f}")
     curves = [(axes, "RecLoss", rec_loss, COLOURS[0]), (axes.twinx(), "KLD", kld, COLOURS[8])]
     for side, name, values, colour in curves:
@@ -1174,7 +1177,7 @@ def report(model, sess, test, run):
         temporary.write_text(json.dumps(content, indent=2) + "\n")
     draw_report(model, sess, test, run, means)
     path = run.directory / "report.png"
-    say(f"These figures are in metrics.json, pictures of them in {path}")
+    say(f"These figures are in metrics.json, pictures in {path}")
 
 
 def show_picture(path):
@@ -1250,8 +1253,9 @@ def rate(text):
 def output_directory(text):
     """Return the path that a text stands for, if TensorFlow can use it.
 
-    It takes * ? [ and \\ for patterns. What is not UTF-8 it cannot open; Python has such
-    bytes as surrogates, which have no encoding.
+    TensorFlow takes * ? [ and \\ in a path for a pattern (but Windows' own \\, for which
+    as_posix has /), and cannot open a name that is not UTF-8. Python has surrogates for
+    the bytes of such a name, which errors="ignore" drops.
     """
     path = Path(text)
     is_utf8 = text == text.encode(errors="ignore").decode()
@@ -1270,13 +1274,8 @@ def make_parser():
     option("--iterations", type=whole_number, help=f"updates to make (default: {ITERATIONS})")
     option("--batch-size", type=whole_number, default=BATCH_SIZE, help="images an iteration")
     option("--learning-rate", type=rate, default=LEARNING_RATE, help="step size of Adam")
-    option(
-        "--decoder",
-        choices=DECODERS,
-        default="tutorial",
-        help="its layers: 256, 128, 64, 4, or mirrored",
-    )
-    option("--seed", type=seed_number, default=0, help="decides everything random")
+    option("--decoder", choices=DECODERS, default="tutorial", help="mirrored: reversed encoder")
+    option("--seed", type=seed_number, default=0, help="decides weights, batches and noise")
     option("--shards", type=shard_number, help="parts of a batch (default: as suits the machine)")
     option("--log-every", type=whole_number, default=100, help="iterations a log line")
     option("--checkpoint-every", type=whole_number, default=500, help="iterations a checkpoint")
