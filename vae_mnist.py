@@ -46,11 +46,11 @@ from tempfile import TemporaryDirectory
 def quiet():
     """Send to nowhere what TensorFlow's C++ code writes, while it loads, to descriptor 2."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
-    if sys.stderr is None:  # descriptor 2 is closed, as by 2>&-, and cannot be kept
+    if sys.stderr is None:  # descriptor 2 is closed, as by 2>&-, and os.dup(2) would fail
         os.dup2(nowhere, 2)
     kept = os.dup(2)
     os.dup2(nowhere, 2)
-    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"  # read but once, so that it holds afterwards, too
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"  # which TensorFlow reads once
     try:
         yield
     except KeyboardInterrupt:  # Ctrl-C needs no traceback
@@ -105,18 +105,17 @@ def split(batch, shards):
 def dense(fc_shards, units, layers, activation=None):
     """Apply a fully connected layer to every shard, as `tf.layers.dense` did to a batch.
 
-    Its variables are named as there (dense/kernel, dense/bias, dense_1/kernel, ...), and appended
-    to the list `layers`, with "elu": the page explore.html computes the layers in JavaScript.
+    Its variables are named as there (dense/kernel, dense/bias, dense_1/kernel, ...). They are added
+    to the list `layers`, with "elu": whether the page explore.html has to apply ELU, too.
     """
-    # Each layer has a seed, any number, of its own: TensorFlow's choice depends on the shards.
+    # TensorFlow combines this seed with the graph's. Without it, it would take the number of
+    # operations so far, which depends on the shards; the number of variables so far does not.
     glorot = tf.glorot_uniform_initializer(seed=2 * len(layers))
     with tf.variable_scope(None, default_name="dense"):
         kernel = tf.get_variable("kernel", [fc_shards[0].shape[1], units], initializer=glorot)
         bias = tf.get_variable("bias", [units], initializer=tf.zeros_initializer())
         layers.append({"kernel": kernel, "bias": bias, "elu": activation is tf.nn.elu})
-        weights = kernel.value()  # read here, once, and not by each shard
-        offsets = bias.value()
-        fc_shards = [tf.nn.bias_add(tf.matmul(fc, weights), offsets) for fc in fc_shards]
+        fc_shards = [tf.nn.bias_add(tf.matmul(fc, kernel), bias) for fc in fc_shards]
         if activation is None:
             return fc_shards
         return [activation(fc) for fc in fc_shards]
@@ -146,9 +145,9 @@ def cross_entropy(x, logits):
 def total_cross_entropy(x, logits):
     """Return equation (2) summed over a batch, with its gradient given, which is faster.
 
-    The gradient that TensorFlow derives for reduce_sum asks for the shape of what was summed, and
-    only to learn this shape a session computes all terms of equation (2), (B, D), which no update
-    needs. An iteration would take a third longer.
+    An update fetches the gradient alone, never this sum. TensorFlow's own gradient of reduce_sum
+    would read the shape of what was summed, (B, D), and a session has to compute an array to read
+    its shape: a third more time. With this gradient the sum is computed only where it is logged.
     """
 
     def gradient(upstream):  # d loss / d sum; returned are d loss / d x and d loss / d logits
@@ -160,9 +159,9 @@ def total_cross_entropy(x, logits):
 def named_variables(layers, adam, iteration):
     """Return a model's variables by their names in a checkpoint.
 
-    They are those of the first model in a graph; TensorFlow names a second one's otherwise. Adam
-    keeps two running means for each weight, m of its gradient and v of the gradient's square, and
-    two powers, beta1^t and beta2^t, in this order the only scalars among its variables.
+    Saver would take TensorFlow's names, which differ in a second model of a graph: dense_9/kernel.
+    Adam keeps two running means for each weight, m of its gradient and v of the gradient's square,
+    and two powers, beta1^t and beta2^t, in this order the only scalars among its variables.
     """
     beta1_power, beta2_power = [v for v in adam.variables() if v.shape.rank == 0]
     named = {"global_step": iteration, "beta1_power": beta1_power, "beta2_power": beta2_power}
@@ -236,7 +235,8 @@ class VAE:
             self.loss = self.kld + self.rec_loss
 
         # The tutorial's text leaves out `step` and the optimizer. Here it is Adam as TensorFlow has
-        # it, and adds 1 to iteration. GATE_GRAPH: no weight changes while a gradient may need it.
+        # it, and adds 1 to iteration. GATE_GRAPH: all gradients are computed before any weight
+        # changes, so that every run gives the same bits.
         adam = tf.train.AdamOptimizer(learning_rate)
         self.weights = [layer[part] for layer in self.layers for part in ("kernel", "bias")]
         self.opt = adam.minimize(self.loss, self.iteration, gate_gradients=adam.GATE_GRAPH)
@@ -277,7 +277,8 @@ def display_manifold(model, sess, path="latent.png"):
     margin = 80  # pixels of the file around the images, for the axes
     side = size + 2 * margin
     fig = matplotlib.figure.Figure(figsize=(side / 100, side / 100), dpi=100)
-    fig.figimage(matplotlib.colormaps["Greys_r"](figure, bytes=True), margin, margin)  # unscaled
+    pixels = matplotlib.colormaps["Greys_r"](figure, bytes=True)
+    fig.figimage(pixels, margin, margin)  # as they are; axes would interpolate them
     area = (margin / side, margin / side, size / side, size / side)
     axes = fig.add_axes(area, frame_on=False)
     edge = 2 + 2 / (n - 1)  # half a step beyond 2, where the outermost images have their centres
@@ -395,7 +396,7 @@ def read_archive(path):
 
 
 def checked_images(name, images):
-    """Return images of any integer type as uint8, (N, 28, 28), if they are from 0 to 255."""
+    """Return images of any integer type as uint8, (N, 28, 28), if from 0 to 255."""
     forms = [(SIDE, SIDE), (SIDE, SIDE, 1), (PIXELS,)]
     if images.dtype.kind not in "iu" or images.size == 0 or images.shape[1:] not in forms:
         expected = f"expected integers (N, {SIDE}, {SIDE}), N > 0, from 0 to 255"
@@ -410,7 +411,7 @@ def checked_images(name, images):
 
 
 def checked_labels(name, labels, count):
-    """Return labels, if they are an integer for each of `count` images, as an array (N,)."""
+    """Return labels as an array (N,), if there is an integer for each image."""
     if labels.dtype.kind not in "iu" or labels.shape not in [(count,), (count, 1)]:
         expected = f"expected integers ({count},), or no {name} at all"
         raise ValueError(f"{name} is {labels.dtype} {labels.shape}; {expected}")
@@ -506,7 +507,7 @@ def one_line(error):
 
 
 def progress(first, last):
-    """Yield the numbers from first up to last - 1; a terminal shows the share and time left."""
+    """Yield the numbers first, ..., last - 1; show on a terminal how long it takes."""
     on_terminal = sys.stderr is not None and sys.stderr.isatty()
     start = time.monotonic()
     shown = start
@@ -571,7 +572,7 @@ class CheckpointError(ValueError):
 
 @contextmanager
 def locked(directory):
-    """Keep other runs out of a directory; the lock ends with the process, even if it is killed."""
+    """Keep other runs out of a directory; the lock ends with the process, however that ends."""
     descriptor = None
     try:
         import fcntl
@@ -601,7 +602,7 @@ def to_disk(path):
 
 @contextmanager
 def whole_file(path):
-    """Yield a temporary name; what was written under it then takes the path's place at once."""
+    """Yield a temporary name; what is written there takes the path's place at once."""
     temporary = Path(f"{path}.tmp")
     try:
         yield temporary
@@ -621,8 +622,9 @@ class Run:
 
     A save writes run.json, then log.csv. A kill in between would leave log.csv without
     the newest lines, so run.json has them, too, and the size that log.csv has before
-    them: a resumed run cuts log.csv to that size and appends them (again, if they were
-    there).
+    them. An example: log.csv has 400 bytes, and three lines are new. run.json gets
+    log_size=400 and the lines; log.csv is cut to 400 bytes, and gets the lines. A resumed
+    run begins with the second step, which changes nothing if it was done already.
     """
 
     directory: Path
@@ -678,7 +680,7 @@ class Run:
         name = "vae_mnist-b" if self.checkpoint_name == "vae_mnist-a" else "vae_mnist-a"
         for path in folder.glob(f"{name}.*"):  # older, or left by a save that was killed
             path.unlink()
-        with sess.graph.as_default():  # outside of a graph Saver refuses to save
+        with sess.graph.as_default():  # elsewhere TensorFlow 2 is eager, and Saver refuses
             model.saver.save(sess, f"{folder}/{name}", write_meta_graph=False, write_state=False)
         for path in folder.glob(f"{name}.*"):
             to_disk(path)
@@ -711,9 +713,7 @@ class Run:
                 written = file.write("".join(header + self.new_lines).encode())
                 file.flush()
                 os.fsync(file.fileno())
-                # run.json on the disk still has the size and lines of before, with which
-                # this can be repeated; the lines of the next checkpoint will come after
-                # these.
+                # From here on for the next save:
                 self.log_size += written
                 self.new_lines = []
         except OSError as error:
@@ -756,7 +756,9 @@ def begin(args, settings):
         )
     if old.finished and not args.overwrite:
         say(f"Replacing the finished run in {args.output_dir}")
-    run.checkpoint_name = old.checkpoint_name  # the new one takes the other name
+    # `save` takes the name that is not this one, so that until then the old run stays
+    # whole.
+    run.checkpoint_name = old.checkpoint_name
     return run
 
 
@@ -870,7 +872,7 @@ def trained(directory="outputs"):
 
 @contextmanager
 def without_warnings():
-    """Hide TensorFlow's warnings: what it calls deprecated has no successor in graph mode."""
+    """Hide TensorFlow's warnings: graph mode has no successor of what is deprecated."""
     verbosity = tf.logging.get_verbosity()
     tf.logging.set_verbosity(tf.logging.ERROR)
     try:
@@ -914,10 +916,10 @@ def export(model, sess, directory):
 
 
 # --------------------------------------------------------------------- what it has learnt
-# Ten colours that colour-blind people can tell apart (Petroff, arXiv:2107.02270), but for three:
-# instead of his they are such as are seen on black, and beside the yellow that glows on
-# the page. They are ordered so that digits which overlap on the plane, such as 3, 5 and
-# 8, differ most.
+# Ten colours that colour-blind people can tell apart. Seven are Petroff's
+# (arXiv:2107.02270); his other three are hard to see on black, or beside the yellow glow
+# of the page. They are ordered so that digits which overlap on the plane, such as 3, 5
+# and 8, differ most.
 COLOURS = [
     "#3f90da", "#b9ac70", "#a96b59", "#c1fdc4", "#92dadd",
     "#6634f8", "#94a4a2", "#717581", "#d1041a", "#e76300",
@@ -989,7 +991,7 @@ def label_colours(labels):
 
 
 def ten_classes(labels):
-    """Return ten of the labels that occur, spread over all of them, or all if they are fewer."""
+    """Return ten of the labels that occur, spread over all, or all if they are fewer."""
     classes = np.unique(labels)
     places = np.linspace(0, len(classes) - 1, min(10, len(classes)))
     return classes[np.round(places).astype(int)]
@@ -1017,7 +1019,7 @@ def grid_offsets(model, sess, grid):
     """Return what log p(x, z) is made of that does not depend on x, for each code of a grid.
 
     log p(x, z) = log p(z) - RecLoss = -|z|^2 / 2 + x . logits - sum softplus(logits) + a
-    constant. The page adds the second term, for the image x at hand.
+    constant. The page adds x . logits, for the image x at hand.
     """
     offsets = []
     for y in grid[::-1]:  # from the top
@@ -1050,7 +1052,7 @@ def page_numbers(model, sess, test, run):
         "kind": "digit" if run.has_digits else "image",  # what to call an image
         "encoder": page_layers(model.layers[:depth], sess),
         "decoder": page_layers(model.layers[depth:], sess),
-        # mu and the label of each test image, and a colour for each label
+        # mu and the label of each of these images, and a colour for each label
         "codes": encode_array(np.concatenate(codes)),
         "labels": labels.tolist(),
         "colours": label_colours(labels),
@@ -1188,7 +1190,7 @@ def show_picture(path):
         from matplotlib import pyplot as plt
 
         fig = plt.figure(figsize=(width / 100, height / 100), dpi=100)
-    except (ImportError, ValueError) as error:  # of what MPLBACKEND names
+    except (ImportError, ValueError) as error:  # MPLBACKEND names something else
         complain(f"--show: {one_line(error)}")
         return
     if plt.get_backend().lower() == "agg":  # pyplot's choice where no window can open
@@ -1253,12 +1255,15 @@ def rate(text):
 def output_directory(text):
     """Return the path that a text stands for, if TensorFlow can use it.
 
-    TensorFlow takes * ? [ and \\ in a path for a pattern (but Windows' own \\, for which
-    as_posix has /), and cannot open a name that is not UTF-8. Python has surrogates for
-    the bytes of such a name, which errors="ignore" drops.
+    TensorFlow takes * ? [ and \\ in a path for a pattern, and cannot open a name that is
+    not UTF-8. On Windows \\ separates directories, and as_posix makes / of it.
     """
     path = Path(text)
-    is_utf8 = text == text.encode(errors="ignore").decode()
+    try:
+        text.encode()
+        is_utf8 = True
+    except UnicodeEncodeError:  # Python has surrogates for other bytes, and they no encoding
+        is_utf8 = False
     if not is_utf8 or set(path.as_posix()) & set("*?[\\"):
         raise argparse.ArgumentTypeError(f"expected a name in UTF-8, no * ? [ \\, got {text!r}")
     return path

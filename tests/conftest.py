@@ -109,52 +109,41 @@ def chromium(profile):
         return None
     options = webdriver.ChromeOptions()
     options.binary_location = chrome
-    for argument in (
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--no-first-run",
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--disable-sync",
-        "--host-resolver-rules=MAP * ~NOTFOUND",
-        f"--user-data-dir={profile}",
-    ):
-        options.add_argument(argument)
+    flags = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking"
+    for flag in [*flags.split(), "--host-resolver-rules=MAP * ~NOTFOUND"]:
+        options.add_argument(flag)
+    options.add_argument(f"--user-data-dir={profile}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     return webdriver.Chrome(options, webdriver.ChromeService(driver))
 
 
 @contextmanager
 def webkit(folder):
-    """Yield WebKitGTK, the engine of Safari's relatives, or None where it or a display is missing."""
+    """Yield WebKitGTK, the engine of Safari's relatives, or None where it or Xvfb is missing."""
     from selenium import webdriver
 
     driver = shutil.which("WebKitWebDriver")
     browsers = sorted(Path("/usr/lib").glob("*/webkit2gtk-4.*/MiniBrowser"))
     server = shutil.which("Xvfb")
-    if not (driver and browsers and (server or "DISPLAY" in os.environ)):
+    if not (driver and browsers and server):
         yield None
         return
-    environment = {**os.environ, "HOME": str(folder), "LIBGL_ALWAYS_SOFTWARE": "1"}
-    environment["WEBKIT_DISABLE_SANDBOX_THIS_IS_DANGEROUS"] = "1"  # root has no other way
-    display = None
-    if server:  # it writes the number of a free display
-        command = [server, "-displayfd", "1", "-screen", "0", "1600x1200x24", "-nolisten", "tcp"]
-        how = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
-        display = subprocess.Popen(command, **how)
+    # Xvfb writes the number of a display that is free.
+    command = [server, "-displayfd", "1", "-screen", "0", "1600x1200x24", "-nolisten", "tcp"]
+    how = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    with subprocess.Popen(command, **how) as display:
+        environment = {**os.environ, "HOME": str(folder), "LIBGL_ALWAYS_SOFTWARE": "1"}
         environment["DISPLAY"] = ":" + display.stdout.readline().strip()
-    options = webdriver.WebKitGTKOptions()
-    options.binary_location = str(browsers[-1])
-    options.add_argument("--automation")
-    service = webdriver.webkitgtk.service.Service(driver, env=environment)
-    browser = webdriver.WebKitGTK(options, service)
-    browser.set_window_size(1400, 1000)
-    yield browser
-    browser.quit()
-    if display:
+        environment["WEBKIT_DISABLE_SANDBOX_THIS_IS_DANGEROUS"] = "1"  # root has no other way
+        options = webdriver.WebKitGTKOptions()
+        options.binary_location = str(browsers[-1])
+        options.add_argument("--automation")
+        service = webdriver.webkitgtk.service.Service(driver, env=environment)
+        browser = webdriver.WebKitGTK(options, service)
+        browser.set_window_size(1400, 1000)
+        yield browser
+        browser.quit()
         display.terminate()
-        display.wait()
 
 
 def pytest_configure(config):

@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import pickle
 import struct
 import zipfile
 
@@ -108,6 +109,8 @@ BAD = {
     "CSV": (lambda path: path.write_text("label,pixel0\n5,0\n"), "is no .npz archive, but text"),
     "nothing": (lambda path: path.write_text(""), "is no .npz archive, but an empty file"),
     "gzip": (lambda path: path.write_bytes(gzip.compress(b"")), "but a gzip file"),
+    "pickle": (lambda path: path.write_bytes(pickle.dumps(1, 2)), "but a pickle"),
+    "one array": (lambda path: np.save(path.open("wb"), IMAGES), "but a single array"),
     "other names": (lambda path: np.savez(path, a=0, b=0), "has a, b; expected x_train, y_train,"),
     "truncated": (truncated, "damaged or truncated"),
     "colour": (archive(x_train=np.zeros((3, 28, 28, 3), np.uint8)), "(3, 28, 28, 3)"),
