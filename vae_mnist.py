@@ -7,8 +7,7 @@ Both are trained on KLD + RecLoss, the negative evidence lower bound (-ELBO), in
     KLD     = 1/2 sum_k (exp(log_sig_sq_k) - log_sig_sq_k + mu_k^2 - 1)             (1)
     RecLoss = -sum_d (x_d log r_d + (1 - x_d) log(1 - r_d))                         (2)
 
-    python vae_mnist.py            # train for 5,000 iterations, then draw outputs/latent.png,
-                                   # and write explore.html, which decodes in a browser
+    python vae_mnist.py            # train for 5,000 iterations, then draw outputs/latent.png
     python vae_mnist.py --help     # all options and their defaults
 
 A first reader begins at `SIDE`, stops at the line "beyond the tutorial", and may skip the rest but
@@ -19,7 +18,7 @@ A first reader begins at `SIDE`, stops at the line "beyond the tutorial", and ma
     machine and messages              session
     the run on disk                   (the record of a run, its checkpoints, how it is resumed)
     a trained model                   restore, trained, export
-    what it has learnt                evaluate (then the page explore.html, and the report)
+    what it has learnt                evaluate (then a page that decodes, explore.html; the report)
     command line                      main
 
 Source: Nate Merrill, "Implementing an MNIST Variational Autoencoder in TensorFlow", 2019.
@@ -50,7 +49,7 @@ def quiet():
         os.dup2(nowhere, 2)
     kept = os.dup(2)
     os.dup2(nowhere, 2)
-    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"  # which TensorFlow reads once
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"  # read now, and obeyed as well when 2 is back
     try:
         yield
     except KeyboardInterrupt:  # Ctrl-C needs no traceback
@@ -73,7 +72,7 @@ with quiet() if is_quiet else nullcontext():
     import tensorflow.compat.v1 as tf
 
     if is_quiet:
-        tf.config.list_physical_devices("GPU")  # complains once, where there is none
+        tf.config.list_physical_devices("GPU")  # where there is none, the first look complains
 if backend is not None:
     os.environ["MPLBACKEND"] = backend
     with suppress(ValueError):  # if it is unknown, matplotlib chooses another
@@ -108,8 +107,8 @@ def dense(fc_shards, units, layers, activation=None):
     Its variables are named as there (dense/kernel, dense/bias, dense_1/kernel, ...). They are added
     to the list `layers`, with "elu": whether the page explore.html has to apply ELU, too.
     """
-    # TensorFlow combines this seed with the graph's. Without it, it would take the number of
-    # operations so far, which depends on the shards; the number of variables so far does not.
+    # A kernel's seed. By default it is the number of operations so far, which depends on the shards;
+    # the first weights would, too. The number of variables so far does not.
     glorot = tf.glorot_uniform_initializer(seed=2 * len(layers))
     with tf.variable_scope(None, default_name="dense"):
         kernel = tf.get_variable("kernel", [fc_shards[0].shape[1], units], initializer=glorot)
@@ -141,13 +140,13 @@ def cross_entropy(x, logits):
     return tf.reduce_sum(tf.nn.softplus(logits) - x * logits, axis=1)
 
 
-@tf.custom_gradient
+@tf.custom_gradient  # which returns the first value alone; TensorFlow calls the second
 def total_cross_entropy(x, logits):
     """Return equation (2) summed over a batch, with its gradient given, which is faster.
 
-    An update fetches the gradient alone, never this sum. TensorFlow's own gradient of reduce_sum
-    would read the shape of what was summed, (B, D), and a session has to compute an array to read
-    its shape: a third more time. With this gradient the sum is computed only where it is logged.
+    An update needs the gradient alone, not the loss. TensorFlow's own gradient of reduce_sum asks
+    for the shape of its input, and to answer that a session computes all of it, the terms of (2),
+    (B, D): a third more time. With this gradient, they are computed only where a loss is logged.
     """
 
     def gradient(upstream):  # d loss / d sum; returned are d loss / d x and d loss / d logits
@@ -161,8 +160,9 @@ def named_variables(layers, adam, iteration):
 
     Saver would take TensorFlow's names, which differ in a second model of a graph: dense_9/kernel.
     Adam keeps two running means for each weight, m of its gradient and v of the gradient's square,
-    and two powers, beta1^t and beta2^t, in this order the only scalars among its variables.
+    and two powers, beta1^t and beta2^t.
     """
+    # Of Adam's variables only these two are scalars, in this order.
     beta1_power, beta2_power = [v for v in adam.variables() if v.shape.rank == 0]
     named = {"global_step": iteration, "beta1_power": beta1_power, "beta2_power": beta2_power}
     for i, layer in enumerate(layers):
@@ -357,7 +357,8 @@ def kind_of_file(start):
     for magic, kind in FILE_KINDS.items():
         if start.startswith(magic):
             return kind
-    return "text" if start.isascii() else "a file of another kind"
+    is_text = start.isascii() and b"\0" not in start
+    return "text" if is_text else "a file of another kind"
 
 
 def file_error(error, path):
@@ -497,11 +498,11 @@ def one_line(error):
     """Return what an exception says, in one line."""
     text = str(error)
     if isinstance(error, tf.errors.OpError):
-        # The first of perhaps several errors: "2 root error(s) found.\n  (0) INTERNAL:
-        # ...\n\t [[..."
+        # "TEXT\n\t [[node ...", or "2 root errors found.\n  (0) INTERNAL: TEXT\n\t [[node ...":
+        # the line before the first "[["
         text = error.message.split("\n\t [[")[0].strip().split("\n")[-1]
     elif isinstance(error, OSError) and error.strerror:
-        name = error.filename or "standard output"  # only print's errors have no name
+        name = "standard output" if error.filename is None else error.filename or "''"
         text = f"{name}: {error.strerror}"
     return " ".join(text.split())
 
@@ -583,7 +584,7 @@ def locked(directory):
         os.close(descriptor)
         raise ValueError(f"{directory}: another run is at work there") from error
     except (ImportError, OSError):
-        pass  # Windows and some file systems have no such locks
+        pass  # no such locks (Windows, some file systems), or no directory, as `resume` will say
     try:
         yield
     finally:
@@ -624,7 +625,7 @@ class Run:
     the newest lines, so run.json has them, too, and the size that log.csv has before
     them. An example: log.csv has 400 bytes, and three lines are new. run.json gets
     log_size=400 and the lines; log.csv is cut to 400 bytes, and gets the lines. A resumed
-    run begins with the second step, which changes nothing if it was done already.
+    run repeats both, which changes nothing if they were done.
     """
 
     directory: Path
@@ -680,7 +681,7 @@ class Run:
         name = "vae_mnist-b" if self.checkpoint_name == "vae_mnist-a" else "vae_mnist-a"
         for path in folder.glob(f"{name}.*"):  # older, or left by a save that was killed
             path.unlink()
-        with sess.graph.as_default():  # elsewhere TensorFlow 2 is eager, and Saver refuses
+        with sess.graph.as_default():  # for callers without, for whom TensorFlow 2 is eager
             model.saver.save(sess, f"{folder}/{name}", write_meta_graph=False, write_state=False)
         for path in folder.glob(f"{name}.*"):
             to_disk(path)
@@ -692,7 +693,10 @@ class Run:
         self.write()
 
     def write(self):
-        """Write run.json, then what follows from it: log.csv, and TensorFlow's own record."""
+        """Write run.json, then what follows from it: log.csv, and the file `checkpoint`.
+
+        That is for `tf.train.latest_checkpoint`; Saver itself would write it too early.
+        """
         folder = self.directory / "checkpoint"
         record = {name: value for name, value in vars(self).items() if name != "directory"}
         with whole_file(folder / "run.json") as temporary:
@@ -729,6 +733,8 @@ def read_run(folder):
         run = Run(path.parent.parent, **json.loads(path.read_bytes()))
         if not {*SETTINGS, "data"} <= set(run.settings):
             raise ValueError("it lacks a setting")
+        if min(run.made, run.wanted, run.log_size) < 0:  # a TypeError, if one is no number
+            raise ValueError("a number is negative")
         return run
     except (ValueError, TypeError) as error:
         raise CheckpointError(
@@ -739,6 +745,8 @@ def read_run(folder):
 
 def begin(args, settings):
     """Return a new run; refuse to replace an unfinished one, unless that is asked for."""
+    # --shards and --iterations have no defaults: `resume` has to know whether they were
+    # given.
     settings["shards"] = settings["shards"] or shard_count()
     run = Run(args.output_dir, settings, args.data or DATA, args.iterations or ITERATIONS)
     try:
@@ -804,10 +812,10 @@ def restore(model, sess, path):
     """Load a checkpoint into the variables of a model.
 
     `path` is a directory such as outputs/checkpoint, of which the newest checkpoint is
-    taken, or the name of a checkpoint, as `tf.train.latest_checkpoint` returns it. Adam's
-    variables and `iteration` get their initial values where a checkpoint lacks them, as
-    one of the tutorial's own program may. Raises ValueError if there is no checkpoint, or
-    if it is damaged or of another network; then no variable has changed.
+    taken, or the name of a checkpoint, as `tf.train.latest_checkpoint` returns it. Of a
+    checkpoint without Adam's variables and `iteration`, these get their initial values.
+    Raises ValueError if there is no checkpoint, or if it is damaged or of another network;
+    then no variable has changed.
     """
     run = read_run(path)
     if run is not None:
@@ -872,7 +880,7 @@ def trained(directory="outputs"):
 
 @contextmanager
 def without_warnings():
-    """Hide TensorFlow's warnings: graph mode has no successor of what is deprecated."""
+    """Hide TensorFlow's warnings of deprecated functions; graph mode has no others."""
     verbosity = tf.logging.get_verbosity()
     tf.logging.set_verbosity(tf.logging.ERROR)
     try:
@@ -1016,10 +1024,10 @@ def page_layers(layers, sess):
 
 
 def grid_offsets(model, sess, grid):
-    """Return what log p(x, z) is made of that does not depend on x, for each code of a grid.
+    """Return the part of log p(x, z) that does not depend on x, for each code z of a grid.
 
-    log p(x, z) = log p(z) - RecLoss = -|z|^2 / 2 + x . logits - sum softplus(logits) + a
-    constant. The page adds x . logits, for the image x at hand.
+    It is -|z|^2 / 2 - sum softplus(logits), where logaddexp(0, l) is softplus(l). The
+    page adds x . logits; a constant is left out.
     """
     offsets = []
     for y in grid[::-1]:  # from the top
@@ -1134,6 +1142,8 @@ def draw_losses(axes, path):
     try:
         log = np.loadtxt(path, delimiter=",", skiprows=1, ndmin=2)
         iterations, kld, rec_loss = log.T
+        if not np.all(np.isfinite(log)):
+            raise ValueError("inf or nan")
     except ValueError:  # somebody has emptied or changed it
         axes.set(title=f"{path.name} has no losses")
         return
@@ -1171,6 +1181,8 @@ def report(model, sess, test, run):
     metrics = {}
     for name, values in evaluate(model, sess, test[0]).items():
         means[name] = np.mean(values)
+        if not np.isfinite(means[name]):
+            raise FloatingPointError(f"{name} is {means[name]}; try a lower --learning-rate")
         error = np.std(values) / len(values) ** 0.5
         metrics[name] = {"mean": means[name], "standard_error": error}
         print(f"{name:10} {means[name]:8.2f} ({error:.2f})", flush=True)
@@ -1190,7 +1202,7 @@ def show_picture(path):
         from matplotlib import pyplot as plt
 
         fig = plt.figure(figsize=(width / 100, height / 100), dpi=100)
-    except (ImportError, ValueError) as error:  # MPLBACKEND names something else
+    except (ImportError, ValueError) as error:  # the backend is not there, or cannot show
         complain(f"--show: {one_line(error)}")
         return
     if plt.get_backend().lower() == "agg":  # pyplot's choice where no window can open
@@ -1262,7 +1274,7 @@ def output_directory(text):
     try:
         text.encode()
         is_utf8 = True
-    except UnicodeEncodeError:  # Python has surrogates for other bytes, and they no encoding
+    except UnicodeEncodeError:  # of surrogates, which Python makes of bytes that are not UTF-8
         is_utf8 = False
     if not is_utf8 or set(path.as_posix()) & set("*?[\\"):
         raise argparse.ArgumentTypeError(f"expected a name in UTF-8, no * ? [ \\, got {text!r}")
@@ -1275,7 +1287,7 @@ def make_parser():
     parser = Parser("vae_mnist.py", description=about, formatter_class=HelpFormatter)
     option = parser.add_argument
     option("--data", metavar="FILE", help=f"an .npz archive (default: {DATA})")
-    option("--output-dir", type=output_directory, default="outputs", help="made if missing")
+    option("--output-dir", type=output_directory, default=Path("outputs"), help="made if missing")
     option("--iterations", type=whole_number, help=f"updates to make (default: {ITERATIONS})")
     option("--batch-size", type=whole_number, default=BATCH_SIZE, help="images an iteration")
     option("--learning-rate", type=rate, default=LEARNING_RATE, help="step size of Adam")

@@ -55,6 +55,16 @@ def test_likelihood_is_that_of_a_much_finer_and_wider_grid(trained_runs, mnist):
     assert figures["KL(q || p)"].mean() > 0.5
 
 
+def test_figures_that_are_not_finite_are_no_report(tmp_path):
+    """Codes so wide that exp(log_sig_sq) is beyond float32, as after a learning rate too high."""
+    with rough() as (model, sess, _):
+        model.weights[7].load(np.full(4, 89, np.float32), sess)
+        run = vae_mnist.Run(tmp_path, {}, "", 1)
+        with pytest.raises(FloatingPointError, match="KLD is inf; try a lower --learning-rate"):
+            vae_mnist.report(model, sess, runs.TEST, run)
+    assert not list(tmp_path.iterdir())
+
+
 def reported(output, *options):
     """Make a run with --report; return what it printed, its figure and its panels."""
     out = io.StringIO()
