@@ -496,20 +496,17 @@ def test_all_is_in_one_view_and_picking_moves_nothing(width, height, least, page
 def test_focus_is_seen_and_the_images_are_one_stop(page):
     page.do(PICK, 3)
     page.run("plane.focus()")
-    script = "return getComputedStyle(shown.children[3].lastChild).outlineColor"
-    picked = page.run(script)
-    page.run("document.getElementById('clear').focus()")
-    page.press(Keys.SHIFT, Keys.TAB)
+    picked = page.run("return getComputedStyle(shown.children[3].lastChild).outlineColor")
     stops = []
-    for _ in range(5):
+    for _ in range(4):
+        page.press(Keys.TAB)
         name, colour, *outline = page.run("""const each = document.activeElement;
             const style = getComputedStyle(each.name === "shown" ? each.nextSibling : each);
             return [each.id || each.title || each.value || each.tagName, style.outlineColor,
                 style.outlineStyle, style.outlineWidth, style.outlineOffset]""")
         assert outline == ["solid", "3px", "2px"] and colour != picked
         stops.append(name)
-        page.press(Keys.TAB)
-    assert stops == ["plane", "clear", "A test image of 1", "manifold", "SUMMARY"]
+    assert stops == ["clear", "A test image of 1", "manifold", "SUMMARY"]
     page.run("shown.children[13].firstChild.focus()")
     page.press(Keys.ARROW_LEFT)
     assert page.find("#shown input")[12].is_selected()
