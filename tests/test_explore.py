@@ -502,7 +502,7 @@ def test_focus_is_seen_and_the_images_are_one_stop(page):
         page.press(Keys.TAB)
         name, colour, *outline = page.run("""const each = document.activeElement;
             const style = getComputedStyle(each.name === "shown" ? each.nextSibling : each);
-            return [each.id || each.title || each.value || each.tagName, style.outlineColor,
+            return [each.id || each.ariaLabel || each.value || each.tagName, style.outlineColor,
                 style.outlineStyle, style.outlineWidth, style.outlineOffset]""")
         assert outline == ["solid", "3px", "2px"] and colour != picked
         stops.append(name)
