@@ -42,6 +42,13 @@ def test_resume_goes_on_exactly_to_what_the_run_was_to_make(
     assert main(tmp_path / "new") == 0 and record(tmp_path / "new")["settings"]["shards"] == 1
 
 
+def test_batch_is_whole_on_a_gpu_and_in_two_shards_on_two_cores(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    for devices, expected in (([], 2), (["a GPU"], 1)):
+        monkeypatch.setattr(tf.config, "list_physical_devices", lambda _, found=devices: found)
+        assert vae_mnist.shard_count() == expected
+
+
 @pytest.mark.slow
 def test_resume_of_a_finished_run_draws_again_and_can_train_on(finished, tmp_path, capsys):
     assert main(tmp_path, "--iterations", 3) == 0
