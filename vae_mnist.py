@@ -498,8 +498,8 @@ def one_line(error):
     """Return what an exception says, in one line."""
     text = str(error)
     if isinstance(error, tf.errors.OpError):
-        # "TEXT\n\t [[node ...", or "2 root errors found.\n  (0) INTERNAL: TEXT\n\t [[node ...":
-        # the line before the first "[["
+        # The line before the first "[[" of "TEXT\n\t [[node ...", or of "2 root error(s)
+        # found.\n  (0) INTERNAL: TEXT\n\t [[node ...".
         text = error.message.split("\n\t [[")[0].strip().split("\n")[-1]
     elif isinstance(error, OSError) and error.strerror:
         name = "standard output" if error.filename is None else error.filename or "''"
@@ -532,8 +532,7 @@ def stop_signals():
     """Yield a list, to which SIGINT, SIGTERM and SIGHUP append their numbers.
 
     Each is noted once; a second one has its usual effect, which is to end the program at
-    once. In the end all have their handlers of before. One that was ignored stays
-    ignored.
+    once. In the end all have their handlers of before. What was ignored stays ignored.
     """
     stopped = []
     previous = {}  # the handlers, by number
@@ -573,7 +572,7 @@ class CheckpointError(ValueError):
 
 @contextmanager
 def locked(directory):
-    """Keep other runs out of a directory; the lock ends with the process, however that ends."""
+    """Keep other runs out of a directory; a lock ends with its process, even a killed one."""
     descriptor = None
     try:
         import fcntl
@@ -676,12 +675,11 @@ class Run:
         """
         folder = self.directory / "checkpoint"
         folder.mkdir(parents=True, exist_ok=True)
-        # 1. The variables are saved under that one of two names which run.json does not
-        # have.
+        # 1. The variables are saved under the one of two names that run.json lacks.
         name = "vae_mnist-b" if self.checkpoint_name == "vae_mnist-a" else "vae_mnist-a"
         for path in folder.glob(f"{name}.*"):  # older, or left by a save that was killed
             path.unlink()
-        with sess.graph.as_default():  # for callers without, for whom TensorFlow 2 is eager
+        with sess.graph.as_default():  # Saver refuses a caller outside of a graph
             model.saver.save(sess, f"{folder}/{name}", write_meta_graph=False, write_state=False)
         for path in folder.glob(f"{name}.*"):
             to_disk(path)
@@ -706,7 +704,7 @@ class Run:
             temporary.write_text(f'model_checkpoint_path: "{self.checkpoint_name}"\n')
 
     def write_log(self):
-        """Cut off log.csv where the new lines begin, and append these; do no harm if repeated."""
+        """Cut off log.csv where the new lines begin, and append these; repeated, the same."""
         path = self.directory / "log.csv"
         try:
             with open(path, "ab") as file:
@@ -745,8 +743,7 @@ def read_run(folder):
 
 def begin(args, settings):
     """Return a new run; refuse to replace an unfinished one, unless that is asked for."""
-    # --shards and --iterations have no defaults: `resume` has to know whether they were
-    # given.
+    # --shards and --iterations have no defaults: `resume` asks whether they were given.
     settings["shards"] = settings["shards"] or shard_count()
     run = Run(args.output_dir, settings, args.data or DATA, args.iterations or ITERATIONS)
     try:
@@ -764,8 +761,7 @@ def begin(args, settings):
         )
     if old.finished and not args.overwrite:
         say(f"Replacing the finished run in {args.output_dir}")
-    # `save` takes the name that is not this one, so that until then the old run stays
-    # whole.
+    # `save` takes the name that is not this one; until then the old run stays whole.
     run.checkpoint_name = old.checkpoint_name
     return run
 
@@ -925,9 +921,8 @@ def export(model, sess, directory):
 
 # --------------------------------------------------------------------- what it has learnt
 # Ten colours that colour-blind people can tell apart. Seven are Petroff's
-# (arXiv:2107.02270); his other three are hard to see on black, or beside the yellow glow
-# of the page. They are ordered so that digits which overlap on the plane, such as 3, 5
-# and 8, differ most.
+# (arXiv:2107.02270); his other three are hard to see on black, or beside the page's
+# yellow glow. Digits that overlap on the plane, such as 3, 5 and 8, differ most.
 COLOURS = [
     "#3f90da", "#b9ac70", "#a96b59", "#c1fdc4", "#92dadd",
     "#6634f8", "#94a4a2", "#717581", "#d1041a", "#e76300",
@@ -1042,8 +1037,7 @@ def page_numbers(model, sess, test, run):
     images, labels = (part[:10000] for part in test)
     shown = [np.flatnonzero(labels == label)[:2] for label in ten_classes(labels)]
     shown = np.concatenate(shown)
-    # The page begins with the one whose p(z | x) is least like q(z | x); a coarse grid
-    # will do.
+    # The page begins with the one whose p(z | x) is least like q(z | x), on a coarse grid.
     divergences = evaluate(model, sess, images[shown], reach=4.5, step=0.1)["KL(q || p)"]
     codes = []
     losses = []
@@ -1064,8 +1058,7 @@ def page_numbers(model, sess, test, run):
         "codes": encode_array(np.concatenate(codes)),
         "labels": labels.tolist(),
         "colours": label_colours(labels),
-        # some of the test images, their labels, and the number of the one that is picked
-        # at first
+        # some of the test images, their labels, and which of them is picked at first
         "images": encode_array(images[shown]),
         "shown": labels[shown].tolist(),
         "picked": int(np.argmax(divergences)),
@@ -1083,8 +1076,7 @@ def explore(model, sess, test, run):
     if not frame.exists():  # the module was copied without it
         return None
     text = json.dumps(page_numbers(model, sess, test, run))
-    # The frame has them in <script id="numbers" ...>null</script>, with null in their
-    # place.
+    # The frame has null in their place: <script id="numbers" ...>null</script>.
     content = frame.read_bytes().replace(b">null<", f">{text}<".encode())
     path = run.directory / "explore.html"
     with whole_file(path) as temporary:
@@ -1235,8 +1227,7 @@ class Parser(argparse.ArgumentParser):
 
 def whole_number(text, lowest=1, highest=2**31 - 1):
     """Return the whole number that a text stands for."""
-    # int refuses thousands of digits with a ValueError, which argparse would report less
-    # clearly.
+    # int itself refuses thousands of digits, with an error that argparse reports worse.
     if not text.isdecimal() or len(text) > 10 or not lowest <= int(text) <= highest:
         expected = f"a whole number from {lowest} to {highest}"
         raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
