@@ -1,22 +1,22 @@
 """Train the variational autoencoder of Nate Merrill's 2019 tutorial on MNIST, in graph mode.
 
-The encoder turns an image x, D = 784 pixels in [0, 1], into a Gaussian over a latent code z of
-K = 2 dimensions. The decoder turns a code into r, the probability of white for each pixel. Both
-are trained on KLD + RecLoss, the negative evidence lower bound (-ELBO), in nats an image:
+The encoder turns an image x, D = 784 pixels in [0, 1], into a Gaussian over a latent code z
+of K = 2 dimensions. The decoder turns a code into r, the probability of white for each pixel.
+Both are trained on KLD + RecLoss, the negative evidence lower bound (-ELBO), in nats an image:
 
     KLD     = 1/2 sum_k (exp(log_sig_sq_k) - log_sig_sq_k + mu_k^2 - 1)             (1)
     RecLoss = -sum_d (x_d log r_d + (1 - x_d) log(1 - r_d))                         (2)
 
-    python vae_mnist.py            # train for 5,000 iterations, then draw outputs/latent.png
-    python vae_mnist.py --help     # all options and their defaults
+    python vae_mnist.py          # train for 5,000 iterations, then draw outputs/latent.png
+    python vae_mnist.py --help   # all options and their defaults
 
-The tutorial's program ends at the line "beyond the tutorial". The sections after it are:
+The tutorial's program ends at the line "beyond the tutorial". Then come:
 
     speed               fast_update, session
-    the run on disk     Run: its log and checkpoints, so that a killed run can go on
+    the run on disk     Run: how a run that was killed goes on
     a trained model     restore, trained
     what it has learnt  evaluate
-    the page            explore: explore.html, which decodes and encodes in a browser
+    the page            explore: explore.html, the model in a browser
     the report          report: figures and pictures of the test set
     the command line    main
 
@@ -35,10 +35,10 @@ from base64 import b64encode
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-# TensorFlow reads this when it is loaded, and then prints fewer messages of its C++ code.
+# TensorFlow reads this when it is loaded: its C++ code shall print less.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-# A program that is started in a notebook inherits the notebook's way to show pictures. If that is
-# not installed here, `import matplotlib` would fail.
+# A program that a notebook starts inherits the notebook's MPLBACKEND, module://..., and
+# `import matplotlib` fails if that module is not installed. matplotlib chooses its own then.
 if "matplotlib" not in sys.modules and os.environ.get("MPLBACKEND", "").startswith("module://"):
     del os.environ["MPLBACKEND"]
 
@@ -50,30 +50,34 @@ import tensorflow.compat.v1 as tf
 SIDE = 28  # pixels along an edge of an image
 PIXELS = SIDE * SIDE  # D
 LATENT = 2  # K; the picture, the page and NLL need the codes to lie in a plane
-# The units of each layer with ELU, then of each linear layer. "tutorial" is what the tutorial
-# lists; "mirrored" is what its text describes, the encoder backwards.
+# Units of the layers with ELU, and of the linear layers after them. "tutorial" is what the
+# tutorial lists; "mirrored" is what its text describes, the encoder backwards.
 ENCODER = ([256, 128, 64], [2 * LATENT])
-DECODERS = {"tutorial": ([256, 128, 64], [4, PIXELS]), "mirrored": ([64, 128, 256], [PIXELS])}
+DECODERS = {
+    "tutorial": ([256, 128, 64], [4, PIXELS]),
+    "mirrored": ([64, 128, 256], [PIXELS]),
+}
 BATCH_SIZE = 256  # images an iteration
 LEARNING_RATE = 0.001  # Adam's own default
-SHARDS = 2  # parts of a batch that `fast_update` computes at the same time
-DATA = Path(__file__).resolve().parent / "data"  # where mnist.npz and the page's frame are
+SHARDS = 2  # parts of a batch that are computed at the same time: see `fast_update`
+DATA = Path(__file__).resolve().parent / "data"  # has mnist.npz, and the page's frame
 
 
 # ---------------------------------------------------------------------------------- model
 class Dense:
-    """A fully connected layer, as `tf.layers.dense` made it, which is gone since TensorFlow 2.16.
+    """A fully connected layer, as `tf.layers.dense` made it; TensorFlow 2.16 removed that.
 
-    Its weights are made once, here, and are used in every call. They have the names that
-    `tf.layers.dense` gave them: dense/kernel, dense/bias, dense_1/kernel, ...
+    Its weights are made here, once, with the names that `tf.layers.dense` gave them:
+    dense/kernel, dense/bias, dense_1/kernel, ... Every call uses the same weights.
     """
 
     def __init__(self, inputs, units, activation=None):
         self.activation = activation
         with tf.variable_scope(None, default_name="dense"):
             glorot = tf.glorot_uniform_initializer()
+            zeros = tf.zeros_initializer()
             self.kernel = tf.get_variable("kernel", [inputs, units], initializer=glorot)
-            self.bias = tf.get_variable("bias", [units], initializer=tf.zeros_initializer())
+            self.bias = tf.get_variable("bias", [units], initializer=zeros)
 
     def __call__(self, fc):
         fc = tf.nn.bias_add(tf.matmul(fc, self.kernel), self.bias)
@@ -95,41 +99,44 @@ def dense_layers(inputs, elu_units, linear_units):
 class VAE:
     """The tutorial's variational autoencoder, built in the current default graph.
 
-    Its tensors are attributes. With B images in the batch, their shapes are: x (B, D), mu,
-    log_sig_sq, eps and z (B, K), logits and rec (B, D), rec_losses and klds (B,). rec_loss, kld and
-    their sum loss are means over the batch. All losses are in nats an image. `opt` is the operation
-    that makes one update.
+    Its tensors are attributes. For a batch of B images, `x`, `logits` and `rec` are (B, D);
+    `mu`, `log_sig_sq`, `eps` and `z` are (B, K); `rec_losses` and `klds` are (B,). `rec_loss`,
+    `kld` and their sum `loss` are means over the batch. Losses are in nats an image. `opt` is
+    the operation that makes one update.
 
-    `seed` decides the first weights and, with the number of updates, the noise eps. `shards`
-    changes results by rounding alone. `decoder` is a key of DECODERS; another one is a ValueError.
+    `seed` decides the first weights and, with the number of updates, the noise `eps`.
+    `shards` changes results by rounding alone. `decoder` is a key of DECODERS; any other is
+    a ValueError.
     """
 
     def __init__(self, learning_rate=LEARNING_RATE, seed=0, shards=SHARDS, decoder="tutorial"):
         if decoder not in DECODERS:
-            raise ValueError(f"decoder must be one of {', '.join(DECODERS)}, got {decoder!r}")
+            expected = ", ".join(DECODERS)
+            raise ValueError(f"decoder must be one of {expected}, got {decoder!r}")
         tf.set_random_seed(seed)
-        older = len(tf.global_variables())  # those of other models in the graph
+        older = len(tf.global_variables())  # another model's, if the graph has one
         self.iteration = tf.Variable(0, trainable=False, dtype=tf.int64, name="global_step")
         self.encoder = dense_layers(PIXELS, *ENCODER)
         self.decoder = dense_layers(LATENT, *DECODERS[decoder])
-        layers = self.encoder + self.decoder
-        self.weights = [weight for layer in layers for weight in (layer.kernel, layer.bias)]
+        self.weights = []
+        for layer in self.encoder + self.decoder:
+            self.weights += [layer.kernel, layer.bias]
 
         # Input data Tensor
-        self.x = tf.placeholder(tf.float32, shape=[None, PIXELS], name="x")  # (B, D) in [0, 1]
-        # epsilon is a sample from a N(0, 1) distribution. The sampler is stateless: the same seed
-        # and iteration give the same noise, so that a resumed run goes on as if never stopped.
-        noise_shape = [tf.shape(self.x)[0], LATENT]
-        self.eps = tf.random.stateless_normal(noise_shape, seed=[seed, self.iteration])
+        self.x = tf.placeholder(tf.float32, [None, PIXELS], name="x")  # (B, D) in [0, 1]
+        # epsilon is a sample from a N(0, 1) distribution. "Stateless": the same seed and
+        # iteration give the same noise, so a resumed run goes on as if it never stopped.
+        shape = [tf.shape(self.x)[0], LATENT]
+        self.eps = tf.random.stateless_normal(shape, seed=[seed, self.iteration])
         self.mu, self.log_sig_sq, self.z, self.logits = self.forward(self.x, self.eps)
         # sigmoid bounds answer to [0,1] for images
         self.rec = tf.sigmoid(self.logits, name="rec")  # (B, D)
 
         with tf.name_scope("losses"):
-            # reconstruction loss: equation (2) for r = sigmoid(l), with softplus(l) = log(1 + e^l).
-            # It stays finite where r rounds to 0 or 1, and its gradient does not vanish there, as
-            # that of the tutorial's clipped logarithm does. (TensorFlow's own
-            # sigmoid_cross_entropy_with_logits gives the same; its gradient takes 2 ms more.)
+            # reconstruction loss: equation (2) for r = sigmoid(l), where l are the logits and
+            # softplus(l) = log(1 + e^l). Where r rounds to 0 or 1, this stays finite and has
+            # a gradient; the tutorial's clipped logarithm has none. (For an update by
+            # `minimize`, TensorFlow's sigmoid_cross_entropy_with_logits is 2 ms slower.)
             terms = tf.nn.softplus(self.logits) - self.x * self.logits
             self.rec_losses = tf.reduce_sum(terms, axis=1)
             self.rec_loss = tf.reduce_mean(self.rec_losses)
@@ -139,17 +146,18 @@ class VAE:
             self.kld = tf.reduce_mean(self.klds)
             self.loss = self.kld + self.rec_loss
 
-        # The tutorial's text leaves out the optimizer and `step`. Adam with its default settings
-        # gives the losses that the tutorial shows. The next line makes the same update as
-        #     self.opt = adam.minimize(self.loss, self.iteration)
-        # in 0.6 of the time. Whoever changes a loss uses `minimize`, or changes `fast_update`, too.
+        # The tutorial's text leaves out the optimizer and `step`. Adam with its defaults gives
+        # the losses that it shows. `fast_update` makes the same update as
+        #     adam.minimize(self.loss, self.iteration)
+        # in 0.6 of the time. It has the gradients of `loss` written down: if you change the
+        # losses, use `minimize`.
         adam = tf.train.AdamOptimizer(learning_rate)
         self.opt = fast_update(self, adam, shards)
-        self.variables = tf.global_variables()[older:]  # weights, Adam's state and iteration
+        self.variables = tf.global_variables()[older:]  # weights, iteration, Adam's state
         self.saver = tf.train.Saver(self.variables)
 
     def forward(self, x, eps):
-        """Return mu, log_sig_sq and z, (B, K), and the logits, (B, D), of images and noise."""
+        """Return mu, log_sig_sq and z, (B, K), and logits, (B, D), for images and noise."""
         with tf.name_scope("encoder"):
             fc = x
             for layer in self.encoder:
@@ -159,8 +167,8 @@ class VAE:
             log_sig_sq = fc[:, LATENT:]
         # z = mu + sigma * epsilon
         # Random normal variable for decoder :D
-        # sess.run can be fed any tensor, not only placeholders: whoever feeds model.z overrides
-        # the sampler, and needs no x. So one graph trains and draws.
+        # sess.run can be fed any tensor, not only placeholders. Whoever feeds model.z skips
+        # encoder and sampler, and needs no x. That is how `decode` uses the trained graph.
         z = tf.add(mu, tf.exp(log_sig_sq / 2) * eps, name="z")
         with tf.name_scope("decoder"):
             fc = z
@@ -169,27 +177,28 @@ class VAE:
         return mu, log_sig_sq, z, fc
 
     def step(self, batch, sess):
-        """Make one update on batch, (B, 784) in [0, 1]; return kld, rec_loss from before it."""
+        """Make one update on a batch, (B, D) in [0, 1]; return kld, rec_loss before it."""
         kld, rec_loss = sess.run([self.kld, self.rec_loss], {self.x: batch})
         sess.run(self.opt, {self.x: batch})
         return float(kld), float(rec_loss)
 
     def encode(self, batch, sess):
-        """Return mu, log_sig_sq, float32 (B, 2), of q(z | x) for images (B, 784) in [0, 1]."""
+        """Return mu, log_sig_sq, float32 (B, K), for images (B, D) in [0, 1]."""
         return sess.run([self.mu, self.log_sig_sq], {self.x: batch})
 
     def decode(self, z, sess):
-        """Return the images, float32 (B, 28, 28) in [0, 1], that codes z, (B, 2), stand for."""
+        """Return the images, float32 (B, 28, 28) in [0, 1], that codes (B, K) stand for."""
         return sess.run(self.rec, {self.z: z}).reshape(-1, SIDE, SIDE)
 
 
 # -------------------------------------------------------------------------------- picture
-@matplotlib.style.context("default")  # whatever the user's own settings of matplotlib are
+@matplotlib.style.context("default")  # whatever the user's own settings are
 def display_manifold(model, sess, path="latent.png"):
-    """Draw 30 x 30 images, decoded over [-2, 2] in both latent dimensions, into a picture file.
+    """Draw 30 x 30 images, decoded over [-2, 2] in both latent dimensions, into a file.
 
-    The ending of `path` decides the format; in a PNG file each decoded pixel is one pixel. Returns
-    all images as one, float32 (840, 840) in [0, 1]; z[0] grows to the right and z[1] upwards.
+    The ending of `path` decides the format. In a PNG file each decoded pixel is one pixel.
+    Returns all images as one, float32 (840, 840) in [0, 1]; z[0] grows to the right and z[1]
+    upwards.
     """
     n = 30
     size = n * SIDE
@@ -201,10 +210,11 @@ def display_manifold(model, sess, path="latent.png"):
         figure[i * SIDE : (i + 1) * SIDE] = np.concatenate(digits, axis=1)  # (28, 840)
 
     fig = matplotlib.figure.Figure(figsize=(10, 10), dpi=100)  # 1,000 x 1,000 pixels
-    axes = fig.add_axes((0.08, 0.08, 0.84, 0.84), frame_on=False)  # of which the images take 840
-    edge = 2 + 2 / (n - 1)  # half a step beyond 2, where the outermost images have their centres
+    axes = fig.add_axes((0.08, 0.08, 0.84, 0.84), frame_on=False)  # 840 x 840 of these
+    edge = 2 + 2 / (n - 1)  # of an image; the outermost ones have their middle at 2
     extent = (-edge, edge, -edge, edge)
-    axes.imshow(figure, cmap="Greys_r", vmin=0, vmax=1, extent=extent, interpolation="nearest")
+    grey = {"cmap": "Greys_r", "vmin": 0, "vmax": 1, "interpolation": "nearest"}
+    axes.imshow(figure, extent=extent, **grey)
     axes.set(xticks=np.linspace(-2, 2, 9), yticks=np.linspace(-2, 2, 9))
     axes.set(xlabel="z[0]", ylabel="z[1]")
     fig.savefig(path)
@@ -213,15 +223,15 @@ def display_manifold(model, sess, path="latent.png"):
 
 # ----------------------------------------------------------------------------------- data
 def load_mnist(path=None):
-    """Load MNIST, or a data set of its form, from an .npz archive with the keys of Keras's file.
+    """Load MNIST, or a data set of its form, from an .npz archive.
 
     Without a path it is data/mnist.npz beside this module. If that is missing, it is what
-    `tf.keras.datasets.mnist.load_data()` has or downloads.
+    `tf.keras.datasets.mnist.load_data()` has in its cache, or downloads.
 
-    Returns (x_train, y_train), (x_test, y_test): images, uint8 (N, 28, 28) from 0 to 255, and
-    labels, integers (N,). The file may have images (N, 784) or (N, 28, 28, 1), of any integer
-    type, and no labels: then all are 0. Raises OSError if there is no file, or no download, and
-    ValueError if the file holds something else.
+    Returns (x_train, y_train), (x_test, y_test): images, uint8 (N, 28, 28) from 0 to 255,
+    and labels, integers (N,). The file may have images (N, 784) or (N, 28, 28, 1), of any
+    integer type. It may lack labels; then all are 0. Raises OSError if there is no file, or
+    no download, and ValueError if the file holds something else.
     """
     if path is None:
         path = DATA / "mnist.npz"
@@ -234,8 +244,8 @@ def load_mnist(path=None):
         raise
     except Exception as error:  # NumPy, zipfile and zlib raise many kinds
         raise ValueError(
-            f"{path}: expected an .npz archive with x_train, y_train, x_test and y_test ({error}); "
-            'README has recipes for other files, "Other data"'
+            f"{path}: expected an .npz archive with x_train, y_train, x_test and y_test; "
+            f'{error}; README has a recipe, "Other data"'
         ) from error
 
 
@@ -245,7 +255,7 @@ def download_mnist():
         return tf.keras.datasets.mnist.load_data()
     except Exception as error:  # Keras raises the bare class
         raise OSError(
-            f"no data: {DATA / 'mnist.npz'} is missing, and MNIST cannot be downloaded ({error}); "
+            f"no data: {DATA / 'mnist.npz'} is missing, MNIST cannot be downloaded ({error}); "
             "give a file mnist.npz with --data FILE"
         ) from error
 
@@ -260,8 +270,9 @@ def read_part(archive, part):
         raise ValueError(f"x_{part} is {images.dtype} {images.shape}; {expected}")
     low = images.min()
     high = images.max()
-    if low < 0 or high > 255 or high < 2:  # up to 1 it would be black and white, or scaled
-        raise ValueError(f"x_{part} has values from {low} to {high}; expected grey from 0 to 255")
+    if low < 0 or high > 255 or high < 2:  # up to 1, they are black and white, or scaled
+        found = f"x_{part} has values from {low} to {high}"
+        raise ValueError(f"{found}; expected grey from 0 to 255")
     images = np.ascontiguousarray(images.reshape(-1, SIDE, SIDE), np.uint8)
 
     labels = archive[f"y_{part}"] if f"y_{part}" in archive else np.zeros(count, np.uint8)
@@ -272,9 +283,9 @@ def read_part(archive, part):
 
 
 def scale(images):
-    """Return images, uint8 (N, 28, 28) or (28, 28), as the network's input, (N, D) in [0, 1].
+    """Return images, uint8 (N, 28, 28) or (28, 28), as the network's input.
 
-    Raises ValueError for any others, such as images that are scaled already.
+    That is (N, D) in [0, 1]. Other images, such as scaled ones, are a ValueError.
     """
     if images.dtype != np.uint8 or images.shape[-2:] != (SIDE, SIDE) or images.ndim > 3:
         expected = f"expected images, uint8 (N, {SIDE}, {SIDE}) or ({SIDE}, {SIDE})"
@@ -283,14 +294,15 @@ def scale(images):
 
 
 def random_batches(x_train, batch_size=BATCH_SIZE, seed=0, first=0):
-    """Yield the batches of the iterations first, first + 1, ..., float32 (B, D) in [0, 1].
+    """Yield the batches of the iterations first, first + 1, ..., (B, D) in [0, 1].
 
-    Drawn with replacement; seed and iteration decide which. `first` is above 0 in a resumed run.
+    They are drawn with replacement; seed and iteration decide which. A resumed run has
+    `first` above 0.
     """
     rng = np.random.default_rng(seed)
     for i in itertools.count():
         batch_idx = rng.integers(len(x_train), size=batch_size)
-        if i >= first:  # before it, only the generator has to be moved on
+        if i >= first:  # earlier ones are drawn to bring the generator where it was
             yield scale(x_train[batch_idx])
 
 
@@ -315,20 +327,21 @@ def progress(first, last):
 
 
 def train(model, sess, x_train, run, log_every, checkpoint_every):
-    """Make the updates that a run still lacks: the loop of the tutorial's main block.
+    """Make the updates that a run still lacks, as the loop of the tutorial's main block does.
 
-    `run` is a `Run`, see "the run on disk". It has run.settings; run.made, how many updates are
-    made; run.wanted, how many are to be made in all. run.log writes a line of log.csv, and run.save
-    a checkpoint. Both raise FloatingPointError if the losses are not finite.
+    `run` is a `Run`, of "the run on disk". It made run.made of run.wanted updates. run.log
+    writes a line of log.csv, and run.save a checkpoint, if the losses are finite; otherwise
+    they raise FloatingPointError.
     """
-    batches = random_batches(x_train, run.settings["batch_size"], run.settings["seed"], run.made)
+    settings = run.settings
+    batches = random_batches(x_train, settings["batch_size"], settings["seed"], run.made)
     for i in progress(run.made, run.wanted):
         x_batch = next(batches)
         if i % log_every == 0:
             kld, rec_loss = model.step(x_batch, sess)
             run.log(i, kld, rec_loss)
             print(f"Iteration {i}: KLD = {kld:f}, RecLoss = {rec_loss:f}", flush=True)
-        else:  # the same update; its losses are not fetched, and so not computed
+        else:  # the same update; a session computes only what is fetched, so no losses
             sess.run(model.opt, {model.x: x_batch})
         run.made = i + 1
         if run.made % checkpoint_every == 0 or run.made == run.wanted:
@@ -357,22 +370,21 @@ def work(run, x_train, test, args):
 # ==================================================================== beyond the tutorial
 # ---------------------------------------------------------------------------------- speed
 def fast_update(model, adam, shards):
-    """Return an operation that makes the same update as adam.minimize(model.loss, model.iteration).
+    """Return the operation of adam.minimize(model.loss, model.iteration), but faster.
 
-    The loss depends on a weight w through y = logits, mu and log_sig_sq. By the chain rule
+    It makes the same update, to rounding. A weight w changes the loss through three tensors
+    y, and by the chain rule
 
-        d loss / d w = sum over y of slope_y d y / d w,   with the slopes d loss / d y:
-        (sigmoid(logits) - x) / B   by the logits, from equation (2)
-        mu / B                      by mu, from equation (1)
-        (exp(log_sig_sq) - 1) / 2B  by log_sig_sq, from equation (1)
+        d loss / d w = sum over y of slope_y d y / d w,  where slope_y = d loss / d y is
+            (sigmoid(logits) - x) / B         for y = logits, from equation (2),
+            mu / B                            for y = mu, from equation (1),
+            (exp(log_sig_sq) - 1) / (2 B)     for y = log_sig_sq, from equation (1).
 
-    It takes 0.6 of the time of `minimize`, for two reasons:
-
-    - The slopes are given, so no loss is computed. (TensorFlow's own gradient of a sum asks for the
-      shape of what is summed, and for that computes it.) That alone saves a seventh.
-    - The batch is split into shards. Each goes through the whole network in a thread of its own,
-      with the same weights, and the gradients are added. That saves a third. Two threads within one
-      of these small matrix products would save nothing.
+    `minimize` finds the slopes from the losses. Here they are written down, so the losses are
+    not computed. (`minimize` computes them: TensorFlow's gradient of a sum asks for the shape
+    of the terms.) And the batch is split into shards, each of which goes through the whole
+    network in a thread of its own; their gradients are added. Matrix products of this size
+    gain nothing from a second thread within them. README says what each of this saves.
     """
     size = tf.shape(model.x)[0] // shards
     sizes = [size] * (shards - 1) + [-1]  # -1: the last shard gets what is left over
@@ -386,8 +398,8 @@ def fast_update(model, adam, shards):
             ys = [logits, mu, log_sig_sq]
             gradients_of_shards.append(tf.gradients(ys, model.weights, grad_ys=slopes))
         gradients = [tf.add_n(parts) for parts in zip(*gradients_of_shards)]
-        # tf.tuple: all gradients are computed before any weight changes. Otherwise a gradient might
-        # read weights that are new already, now and then, and no two runs would be the same.
+        # tf.tuple waits for all gradients before any weight changes. Otherwise a gradient may
+        # be computed from weights that are new already, and no two runs are the same.
         gradients = tf.tuple(gradients)
         return adam.apply_gradients(zip(gradients, model.weights), model.iteration)
 
@@ -403,7 +415,7 @@ def shard_count():
 
 
 def session(shards=SHARDS):
-    """Open a session on the current graph, in which each of several shards has a thread."""
+    """Open a session on the current graph, with a thread for each of several shards."""
     config = tf.ConfigProto()
     config.gpu_options.allow_growth = True  # take a GPU's memory as it is needed
     if shards > 1:
@@ -413,8 +425,8 @@ def session(shards=SHARDS):
 
 
 # ------------------------------------------------------------------------ the run on disk
-# A run's settings by name, with their defaults. The options of the command line have these names,
-# and None where they are not given.
+# The settings of a run, and their defaults. The command line has an option for each; its value
+# is None if the option is not given.
 DEFAULTS = {
     "data": None,  # data/mnist.npz
     "iterations": 5000,  # a bit over 21 epochs
@@ -424,14 +436,14 @@ DEFAULTS = {
     "seed": 0,
     "shards": None,  # as suits the machine
 }
-KEPT = ("batch_size", "decoder", "seed", "shards")  # what no run can go on without
+KEPT = ("batch_size", "decoder", "seed", "shards")  # which a resumed run cannot change
 RESULTS = ("latent.png", "explore.html", "metrics.json", "report.png")
 LOG_HEADER = b"iteration,kld,rec_loss\n"
 
 
 @contextmanager
 def locked(folder):
-    """Keep other processes out of a run; the lock ends with its process, even a killed one."""
+    """Keep other processes out of a run. The lock ends with the process, even if killed."""
     with open(folder / "lock", "a") as file:
         try:
             import fcntl
@@ -452,7 +464,7 @@ def to_disk(path):
 
 @contextmanager
 def whole_file(path):
-    """Yield a temporary name; the file that is written there takes the place of `path` at once."""
+    """Yield a name to write to; then move that file to `path`, whole and at once."""
     temporary = path.with_name(f"tmp-{path.name}")  # with the same ending
     try:
         yield temporary
@@ -463,29 +475,30 @@ def whole_file(path):
 
 
 def updates_made(checkpoints):
-    """Return how many updates the newest checkpoint in a folder has; 0 if there is none."""
+    """Return how many updates the newest checkpoint has had; 0 if there is none."""
     newest = tf.train.latest_checkpoint(checkpoints)  # .../vae_mnist-500, or None
     return 0 if newest is None else int(newest.rpartition("-")[2])
 
 
 class Run:
-    """A training run and its directory, made so that the run can be killed at any moment.
+    """A training run, kept in a directory so that it can be killed at any moment.
 
-        checkpoints/run.json             settings; written when the run begins, or goes on
-        checkpoints/vae_mnist-500.*      the variables after 500 updates
-        checkpoints/checkpoint           names the newest of these
-        checkpoints/lock                 locked while a process works on the run
-        log.csv                          the losses that were printed, at full precision
-        latent.png, explore.html         results; with --report also metrics.json, report.png
+        checkpoints/run.json            the settings; written when the run begins or goes on
+        checkpoints/vae_mnist-500.*     all variables after 500 updates, from `Saver`
+        checkpoints/checkpoint          names the newest of these
+        checkpoints/lock                locked while a process works on the run
+        log.csv                         the losses that were printed, at full precision
+        latent.png, explore.html        the results
+        metrics.json, report.png        the results of --report
 
-    `checkpoint` is the only file that is replaced to make progress. A checkpoint and its part of
-    log.csv are on the disk before `checkpoint` names it. What a killed run wrote after that is
-    dropped, and made again in the same way, since all randomness depends on seed and iteration.
+    The run makes progress when `checkpoint` is replaced, and only then. By that time the new
+    checkpoint and its part of log.csv are on the disk. What a killed run wrote later is
+    dropped, and made again with the same bits: seed and iteration decide all randomness.
     """
 
     def __init__(self, directory, settings):
         self.directory = directory
-        self.settings = settings  # those of DEFAULTS, and "images", a hash of the training images
+        self.settings = settings  # as DEFAULTS, and "images": a hash of the training images
         self.wanted = settings["iterations"]
         self.checkpoints = directory / "checkpoints"
         self.log_path = directory / "log.csv"
@@ -494,7 +507,8 @@ class Run:
     @property
     def title(self):
         decoder = self.settings["decoder"]
-        return f"{decoder} decoder, {self.made:,} iterations, seed {self.settings['seed']}"
+        seed = self.settings["seed"]
+        return f"{decoder} decoder, {self.made:,} iterations, seed {seed}"
 
     def prepare(self):
         """Write run.json, and make the directory what it was at the newest checkpoint."""
@@ -507,7 +521,8 @@ class Run:
         if self.log_path.exists():
             for line in self.log_path.read_bytes().splitlines(keepends=True):
                 iteration = line.partition(b",")[0]
-                is_whole = line.endswith(b"\n") and iteration.isdigit()  # "11" may be torn "1100"
+                # A torn last line ends anywhere: "11" may be the beginning of "1100,...".
+                is_whole = line.endswith(b"\n") and iteration.isdigit()
                 if is_whole and int(iteration) < self.made:
                     lines.append(line)
         with whole_file(self.log_path) as temporary:
@@ -525,8 +540,8 @@ class Run:
         """Raise FloatingPointError unless the losses after so many updates are finite."""
         if not np.isfinite(kld + rec_loss):
             raise FloatingPointError(
-                f"after {updates} updates KLD = {kld:f}, RecLoss = {rec_loss:f}, so training "
-                "stopped; go on from the newest checkpoint with --resume and a lower --learning-rate"
+                f"after {updates} updates KLD = {kld:f}, RecLoss = {rec_loss:f}; go on from the "
+                "newest checkpoint with --resume and a lower --learning-rate"
             )
 
     def log(self, iteration, kld, rec_loss):
@@ -536,9 +551,9 @@ class Run:
             file.write(f"{iteration},{kld!r},{rec_loss!r}\n")
 
     def save(self, model, sess, x_batch):
-        """Save a checkpoint, unless the losses of x_batch with the new weights are not finite."""
+        """Save a checkpoint, if the losses of x_batch with the new weights are finite."""
         self.check(self.made, *sess.run([model.kld, model.rec_loss], {model.x: x_batch}))
-        # Saver itself would write the file `checkpoint` before the others are on the disk.
+        # Not write_state: Saver would write `checkpoint` before the others are on the disk.
         prefix = str(self.checkpoints / "vae_mnist")
         name = model.saver.save(
             sess, prefix, global_step=self.made, write_meta_graph=False, write_state=False
@@ -563,7 +578,7 @@ def read_settings(directory):
         return None
     except (ValueError, AttributeError) as error:
         raise ValueError(
-            f"{path}: expected the settings of a run, got a damaged file; --overwrite replaces it"
+            f"{path}: expected a run's settings, got a damaged file; --overwrite replaces it"
         ) from error
     return settings
 
@@ -580,7 +595,7 @@ def begin_run(directory, given, overwrite):
                 "go on with --resume, or replace it with --overwrite"
             )
         print(f"Replacing the finished run in {directory}", flush=True)
-    # An older run is removed. Without run.json its other files are nobody's, so that goes first.
+    # The older run goes. Without run.json its other files are nobody's, so that goes first.
     for name in ("run.json", "checkpoint", "vae_mnist-*"):
         for path in checkpoints.glob(name):
             path.unlink()
@@ -590,7 +605,7 @@ def begin_run(directory, given, overwrite):
 
 
 def resume_run(directory, given, older):
-    """Go on with a run; settings that are given must be the older ones, or such as may change."""
+    """Go on with a run. Settings that are given replace older ones, but for those in KEPT."""
     settings = {**older, **given}
     run = f"--resume: the run in {directory}"
     if settings["images"] != older["images"]:
@@ -608,11 +623,11 @@ def resume_run(directory, given, older):
 def restore(model, sess, path):
     """Load a checkpoint into the variables of a model.
 
-    `path` is a directory such as outputs/checkpoints, of which the newest checkpoint is taken, or
-    the name of a checkpoint, as `tf.train.latest_checkpoint` returns it. If the checkpoint has the
-    weights alone, as those of the tutorial's own program may, Adam's variables and `iteration` get
-    their initial values. Raises ValueError if there is no checkpoint, or if it is damaged or of
-    another network; then no variable has changed.
+    `path` is the name of a checkpoint, as `tf.train.latest_checkpoint` returns it, or a
+    directory such as outputs/checkpoints, for its newest one. If the checkpoint has weights
+    alone, Adam's variables and `iteration` get their initial values. Raises ValueError if
+    there is no checkpoint, or if it is damaged or of another network; then no variable has
+    changed.
     """
     name = tf.train.latest_checkpoint(path) or str(path)
     if not os.path.exists(f"{name}.index"):
@@ -635,48 +650,45 @@ def restore(model, sess, path):
 
 def new_model(settings):
     """Return a model with a run's settings."""
-    return VAE(
-        learning_rate=settings["learning_rate"],
-        seed=settings["seed"],
-        shards=settings["shards"],
-        decoder=settings["decoder"],
-    )
+    names = ("learning_rate", "seed", "shards", "decoder")
+    return VAE(**{name: settings[name] for name in names})
 
 
 @contextmanager
 def trained(directory="outputs"):
-    """Open the model of a run, finished or not: `with trained("outputs") as (model, sess):`.
+    """Open the model of a run, finished or not: `with trained() as (model, sess):`.
 
-    `directory` is a run's, or one with checkpoints of the tutorial's own program, those that it
-    saves with `tf.train.Saver`. Raises what `restore` raises.
+    `directory` is the run's. It may also be one in which the tutorial's own program, under
+    TensorFlow 1, saved checkpoints with `tf.train.Saver`. Raises what `restore` raises.
     """
     directory = Path(directory)
     settings = read_settings(directory)
     with tf.Graph().as_default():
         model = VAE() if settings is None else new_model(settings)
-        with session(SHARDS if settings is None else settings["shards"]) as sess:
-            restore(model, sess, directory if settings is None else directory / "checkpoints")
+        folder = directory if settings is None else directory / "checkpoints"
+        with session() as sess:
+            restore(model, sess, folder)
             yield model, sess
 
 
 # --------------------------------------------------------------------- what it has learnt
 def grid_codes(reach, step):
-    """Return the codes of a grid over [-reach, reach] in both dimensions, by rows from the top."""
+    """Return the codes of a grid over [-reach, reach]^2, (N, K), by rows from the top."""
     axis = np.linspace(-reach, reach, round(2 * reach / step) + 1)
     return np.stack(np.meshgrid(axis, axis[::-1]), axis=-1).reshape(-1, LATENT)
 
 
 def decoded(model, sess, codes):
-    """Yield logits(z), (N, D), and log p(z) - sum softplus(logits(z)), (N,), of some codes z.
+    """Yield, for some of the codes after the other, logits(z) and an offset: (n, D) and (n,).
 
-    All of them are covered, some hundred at a time, which take little memory. The second is
-    what does not depend on x in log p(x, z): log p(z) = -|z|^2 / 2 - log 2 pi, and
-    log p(x | z) = -RecLoss = x . logits - sum softplus(logits).
+    Since log p(x | z) = -RecLoss = x . logits - sum softplus(logits), we have
+        log p(x, z) = x . logits + offset,  offset = log p(z) - sum softplus(logits).
     """
-    for z in np.array_split(codes, 1 + len(codes) // 400):
+    for z in np.array_split(codes, 1 + len(codes) // 400):  # 400 at a time take little memory
         logits = sess.run(model.logits, {model.z: z})
-        log_pz = -np.sum(z**2, axis=1) / 2 - np.log(2 * np.pi)
-        yield logits, log_pz - np.sum(np.logaddexp(0, logits), axis=1)  # log(e^0 + e^l)
+        log_pz = -np.sum(z**2, axis=1) / 2 - np.log(2 * np.pi)  # of N(0, I)
+        softplus = np.logaddexp(0, logits)  # log(e^0 + e^l)
+        yield logits, log_pz - np.sum(softplus, axis=1)
 
 
 def log_likelihood(model, sess, x, reach, step):
@@ -690,7 +702,8 @@ def log_likelihood(model, sess, x, reach, step):
     codes = codes[np.sum(codes**2, axis=1) <= reach**2]  # a disc, since p(z) is round
     log_sum = np.full(len(x), -np.inf)
     for logits, offset in decoded(model, sess, codes):
-        log_joint = logits @ x.T + offset[:, None].astype(np.float32)  # log p(x, z), (codes, N)
+        offset = offset[:, np.newaxis].astype(np.float32)
+        log_joint = logits @ x.T + offset  # log p(x, z), (n, N)
         highest = np.max(log_joint, axis=0)
         total = np.sum(np.exp(log_joint - highest), axis=0)
         log_sum = np.logaddexp(log_sum, highest + np.log(total))
@@ -701,13 +714,14 @@ def evaluate(model, sess, images, seed=0, samples=20, reach=5.5, step=0.05):
     """Measure what a model has learnt of images, uint8 (N, 28, 28), in nats an image.
 
     Returns arrays (N,), float64, by name:
-    "RecLoss": equation (2), averaged over `samples` codes from q(z | x), which `seed` decides.
-    "KLD": equation (1).  "-ELBO": their sum.
-    "NLL": -log p(x), from a grid of codes, `step` apart, in a disc of radius `reach`. The defaults
-        are good to 1e-3 nats in the mean after 5,000 iterations.
-    "KL(q || p)": -ELBO - NLL, the divergence of the encoder's q(z | x) from the exact posterior
-        p(z | x) = p(x, z) / p(x).
-    p(x | z) stands for exp(-RecLoss). For pixels that are grey, it does not sum to 1 over all x.
+    "RecLoss": equation (2), averaged over `samples` codes from q(z | x); `seed` decides them.
+    "KLD": equation (1).
+    "-ELBO": their sum.
+    "NLL": -log p(x), from a grid of codes, `step` apart, in a disc of radius `reach`. After
+        5,000 iterations the defaults are good to 1e-3 nats in the mean.
+    "KL(q || p)": -ELBO - NLL, the divergence of q(z | x), the encoder's Gaussian, from the
+        exact posterior p(z | x) = p(x, z) / p(x).
+    Here p(x | z) = exp(-RecLoss); for grey pixels its sum over all x is not 1.
     """
     x = scale(images)
     rng = np.random.default_rng(seed)
@@ -718,20 +732,25 @@ def evaluate(model, sess, images, seed=0, samples=20, reach=5.5, step=0.05):
         rec_loss += sess.run(model.rec_losses, {model.x: x, model.z: z}) / samples
     bound = rec_loss + kld
     nll = -log_likelihood(model, sess, x, reach, step)
-    figures = {"RecLoss": rec_loss, "KLD": kld.astype(np.float64), "-ELBO": bound, "NLL": nll}
-    return {**figures, "KL(q || p)": bound - nll}
+    return {
+        "RecLoss": rec_loss,
+        "KLD": kld.astype(np.float64),
+        "-ELBO": bound,
+        "NLL": nll,
+        "KL(q || p)": bound - nll,
+    }
 
 
 # ------------------------------------------------------------------------------- the page
-# data/explore.html is the frame of the page: all of it but the numbers of a run. In the browser it
-# decodes the code under the mouse, encodes the image that is picked or drawn, and computes the
-# exact posterior p(z | x) on a grid of codes.
+# data/explore.html is the frame of the page: all of it but the numbers of a run. In the
+# browser, it decodes the code under the mouse and encodes the image that is picked or drawn.
+# It also computes the exact posterior p(z | x) on a grid of codes.
 NUMBERS_HERE = b">NUMBERS_HERE<"  # where the frame wants the numbers
-PAGE_REACH = 4.5  # of the page's grid; nearly all test images have their codes within it
-PAGE_STEP = 0.075  # which makes 121 x 121 codes, as many as a browser computes in two seconds
-MNIST_SHA256 = "741c988805d008ac6e4c904b69001ba184c24b2c540a4ef403f4c71b676cf757"  # training images
-# Ten colours that colour-blind people can tell apart. Seven are Petroff's (arXiv:2107.02270); his
-# other three are hard to see on black, or beside the page's yellow glow.
+PAGE_REACH = 4.5  # of that grid; nearly all test images have their codes within it
+PAGE_STEP = 0.075  # 121 x 121 codes, which take a browser two seconds
+MNIST_SHA256 = "741c988805d008ac6e4c904b69001ba184c24b2c540a4ef403f4c71b676cf757"
+# Ten colours that colour-blind people can tell apart. Seven are Petroff's (arXiv:2107.02270);
+# his other three are hard to see on black, or beside the page's yellow glow.
 COLOURS = [
     "#3f90da", "#b9ac70", "#a96b59", "#c1fdc4", "#92dadd",
     "#6634f8", "#94a4a2", "#717581", "#d1041a", "#e76300",
@@ -739,16 +758,16 @@ COLOURS = [
 
 
 def label_colours(labels):
-    """Return a colour for each label that occurs: COLOURS, or a colour map for more than ten."""
+    """Return a colour for each label that occurs, by label."""
     classes = np.unique(labels).tolist()
     if len(classes) <= len(COLOURS):
         return dict(zip(classes, COLOURS))
     shades = matplotlib.colormaps["cool"](np.linspace(0, 1, len(classes)))
-    return {label: matplotlib.colors.to_hex(shade) for label, shade in zip(classes, shades)}
+    return dict(zip(classes, map(matplotlib.colors.to_hex, shades)))
 
 
 def ten_classes(labels):
-    """Return the labels that occur; if they are more than ten, ten of them, spread over all."""
+    """Return the labels that occur, or ten of them, spread over all, if they are more."""
     classes = np.unique(labels)
     places = np.linspace(0, len(classes) - 1, min(10, len(classes)))
     return classes[np.round(places).astype(int)]
@@ -770,13 +789,14 @@ def page_layers(layers, sess):
 
 
 def page_numbers(model, sess, test, run):
-    """Return the numbers of a run that the page needs, by name. Arrays are in `as_text`."""
+    """Return the numbers of a run that the page needs, by name; arrays `as_text`."""
     images, labels = (part[:10000] for part in test)
     codes = []
     losses = []
     for part in np.array_split(images, 100):  # a few at a time take little memory
         x = scale(part)
-        mu, rec_losses, klds = sess.run([model.mu, model.rec_losses, model.klds], {model.x: x})
+        fetches = [model.mu, model.rec_losses, model.klds]
+        mu, rec_losses, klds = sess.run(fetches, {model.x: x})
         codes.append(mu)
         losses.append(rec_losses + klds)
     shown = [np.flatnonzero(labels == label)[:2] for label in ten_classes(labels)]
@@ -788,17 +808,22 @@ def page_numbers(model, sess, test, run):
     return {
         "run": run.title,  # the window's title
         "kind": "digit" if is_mnist else "image",  # what the page calls an image
-        "encoder": page_layers(model.encoder, sess),  # the network, float32
+        # the network, float32
+        "encoder": page_layers(model.encoder, sess),
         "decoder": page_layers(model.decoder, sess),
-        "codes": as_text(np.concatenate(codes)),  # mu of all test images, float32 (N, 2): dots
-        "labels": labels.tolist(),  # of these
-        "colours": label_colours(labels),  # of the dots
-        "images": as_text(images[shown]),  # uint8 (20, 28, 28): test images to pick from
-        "shown": labels[shown].tolist(),  # their labels
-        "picked": int(np.argmax(figures["KL(q || p)"])),  # the one that is picked at first
-        "grid": {"n": round(len(grid) ** 0.5), "reach": PAGE_REACH},  # n x n codes
-        "offset": as_text(np.concatenate(offsets).astype(np.float32)),  # see `decoded`; (n * n,)
-        "losses": np.quantile(np.concatenate(losses), [0.05, 0.5, 0.95]).tolist(),  # the scale
+        # dots on the map: mu of the test images, float32 (N, 2), their labels and colours
+        "codes": as_text(np.concatenate(codes)),
+        "labels": labels.tolist(),
+        "colours": label_colours(labels),
+        # test images to pick from, uint8 (20, 28, 28), their labels, and the one picked first
+        "images": as_text(images[shown]),
+        "shown": labels[shown].tolist(),
+        "picked": int(np.argmax(figures["KL(q || p)"])),
+        # the grid of the exact posterior, n x n codes, and the offsets of `decoded`, float32
+        "grid": {"n": round(len(grid) ** 0.5), "reach": PAGE_REACH},
+        "offset": as_text(np.concatenate(offsets).astype(np.float32)),
+        # what 5, 50 and 95 % of the test images have less than: a scale for a loss
+        "losses": np.quantile(np.concatenate(losses), [0.05, 0.5, 0.95]).tolist(),
     }
 
 
@@ -807,10 +832,11 @@ def explore(model, sess, test, run):
     frame = DATA / "explore.html"
     if not frame.exists():  # the module was copied without it
         return None
-    numbers = json.dumps(page_numbers(model, sess, test, run))
+    numbers = json.dumps(page_numbers(model, sess, test, run)).encode()
+    content = frame.read_bytes().replace(NUMBERS_HERE, b">" + numbers + b"<")
     path = run.directory / "explore.html"
     with whole_file(path) as temporary:
-        temporary.write_bytes(frame.read_bytes().replace(NUMBERS_HERE, f">{numbers}<".encode()))
+        temporary.write_bytes(content)
     return path
 
 
@@ -830,7 +856,7 @@ def draw_codes(axes, mu, labels, kld):
 
 
 def draw_sheet(axes, model, sess, test, mu, rec_loss):
-    """Draw up to ten images of up to ten labels, and below each what its mu is decoded to."""
+    """Draw up to ten images of up to ten labels; below each, its mu decoded."""
     images, labels = test
     classes = ten_classes(labels)
     sheet = np.zeros((len(classes) * 2 * SIDE, 10 * SIDE), np.float32)
@@ -851,20 +877,20 @@ def draw_losses(axes, path):
     """Draw the losses in log.csv: RecLoss on the left axis, KLD on the right one."""
     iterations, kld, rec_loss = np.loadtxt(path, delimiter=",", skiprows=1, ndmin=2).T
     last = f"KLD {kld[-1]:.2f}, RecLoss {rec_loss[-1]:.2f}"
-    axes.set(title=f"Losses of a batch; the last, in iteration {iterations[-1]:,.0f}: {last}")
+    axes.set(title=f"Losses of a batch; in iteration {iterations[-1]:,.0f}: {last}")
     axes.set(xlabel=f"iteration; RecLoss begins at {rec_loss[0]:.2f}")
-    curves = [(axes, "RecLoss", rec_loss, COLOURS[0]), (axes.twinx(), "KLD", kld, COLOURS[8])]
-    for side, name, values, colour in curves:
+    curves = [("RecLoss", rec_loss, COLOURS[0], axes), ("KLD", kld, COLOURS[8], axes.twinx())]
+    for name, values, colour, side in curves:
         side.plot(iterations, values, color=colour, linewidth=1)
         side.set_ylabel(name, color=colour)
-        settled = values[len(values) // 20 :]  # the first would squeeze the rest into a line
+        settled = values[len(values) // 20 :]  # the first would squeeze the rest
         margin = 0.1 * np.ptp(settled) + 0.01
         side.set_ylim(min(settled) - margin, max(settled) + margin)
 
 
 @matplotlib.style.context("default")
 def draw_report(model, sess, test, run, means):
-    """Draw codes and reconstructions of the test set and the losses of the run: report.png."""
+    """Draw report.png: codes and reconstructions of the test set, losses of the run."""
     mu, _ = model.encode(scale(test[0]), sess)
     fig = matplotlib.figure.Figure(figsize=(9, 8.8), dpi=150, layout="constrained")
     fig.suptitle(f"{run.title}: NLL {means['NLL']:.2f} nats an image")
@@ -877,7 +903,7 @@ def draw_report(model, sess, test, run, means):
 
 
 def report(model, sess, test, run):
-    """Print what `evaluate` measures on the test set, save it as metrics.json, draw report.png."""
+    """Measure the test set; print the figures, write metrics.json, draw report.png."""
     print(f"On {len(test[0]):,} test images, nats an image (standard error):", flush=True)
     means = {}
     metrics = {}
@@ -897,7 +923,7 @@ def report(model, sess, test, run):
 
 
 def show_picture(path):
-    """Open a window with a picture of 1,000 x 1,000 pixels, and wait until it is closed."""
+    """Open a window with a picture of 1,000 x 1,000 pixels, until it is closed."""
     from matplotlib import pyplot as plt
 
     plt.figure(figsize=(10, 10), dpi=100)
@@ -925,7 +951,7 @@ def number(kind, lowest, highest):
 def local_directory(text):
     """Return the path of a directory on this machine, which TensorFlow can use."""
     path = Path(text).expanduser()
-    # TensorFlow takes * ? [ \ for a pattern. gs://bucket would be made here, as a folder "gs:".
+    # TensorFlow takes * ? [ \ for a pattern. Of gs://bucket we would make a folder "gs:".
     if set(path.as_posix()) & set("*?[\\") or "://" in text:
         expected = "expected a directory on this machine, without * ? [ \\ in its name"
         raise argparse.ArgumentTypeError(f"{expected}, got {text!r}")
@@ -945,22 +971,25 @@ def make_parser():
 
     count = number(int, 1, 2**31 - 1)
     option = parser.add_argument
-    option("--data", metavar="FILE", help="an .npz archive (default: data/mnist.npz)")
-    help = "where the files of the run go (default: outputs)"
-    option("--output-dir", type=local_directory, default=Path("outputs"), help=help)
+    text = "an .npz archive (default: data/mnist.npz)"
+    option("--data", metavar="FILE", type=os.path.abspath, help=text)
+    text = "where the files of the run go (default: outputs)"
+    option("--output-dir", type=local_directory, default=Path("outputs"), help=text)
     setting("iterations", "updates to make", type=count)
     setting("batch_size", "images an iteration", type=count)
     setting("learning_rate", "step size of Adam", type=number(float, 1e-30, 1e30))
     setting("decoder", "mirrored: the encoder backwards", choices=DECODERS)
     setting("seed", "decides weights, batches and noise", type=number(int, 0, 2**31 - 1))
-    setting("shards", "parts of a batch, computed at the same time", type=number(int, 1, 64))
-    option("--log-every", type=count, default=100, help="iterations a log line (default: 100)")
-    help = "iterations a checkpoint (default: 500)"
-    option("--checkpoint-every", type=count, default=500, help=help)
+    setting("shards", "parts of a batch", type=number(int, 1, 64))
+    text = "iterations a log line (default: 100)"
+    option("--log-every", type=count, default=100, help=text)
+    text = "iterations a checkpoint (default: 500)"
+    option("--checkpoint-every", type=count, default=500, help=text)
     group = parser.add_mutually_exclusive_group()
-    help = "go on with the run in --output-dir, or begin one if there is none"
-    group.add_argument("--resume", action="store_true", help=help)
-    group.add_argument("--overwrite", action="store_true", help="replace an unfinished run")
+    text = "go on with the run in --output-dir, or begin one if there is none"
+    group.add_argument("--resume", action="store_true", help=text)
+    text = "replace an unfinished run"
+    group.add_argument("--overwrite", action="store_true", help=text)
     option("--report", action="store_true", help="also measure and show the test set")
     option("--show", action="store_true", help="also open the picture in a window")
     return parser
@@ -968,7 +997,7 @@ def make_parser():
 
 def fail(error, status):
     """End the program with a line that says what is wrong."""
-    text = str(error).partition("[[")[0]  # TensorFlow adds where in the graph it was: [[node ...
+    text = str(error).partition("[[")[0]  # TensorFlow adds [[node ..., places in the graph
     print(f"vae_mnist.py: error: {' '.join(text.split())}", file=sys.stderr)
     sys.exit(status)
 
@@ -994,8 +1023,8 @@ def opened_run(args):
 def main(argv=None):
     """Do what the command line says, or a list of its words; return the exit status.
 
-    It is 0, or 130 after Ctrl-C. Raises SystemExit with status 2 if options, data or the directory
-    are wrong, before anything is written, and with status 1 after a fault in a run.
+    It is 0, or 130 after Ctrl-C. Raises SystemExit: with status 2 if an option, the data or
+    the directory is wrong, before anything is written; with status 1 after a fault in a run.
     """
     args = make_parser().parse_args(argv)
     try:
