@@ -29,29 +29,30 @@ import hashlib
 import itertools
 import json
 import os
+import shlex
 import sys
 import time
 from base64 import b64encode
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 # TensorFlow reads this when it is loaded: its C++ code shall print less.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-# A program that a notebook starts inherits the notebook's MPLBACKEND, module://..., and
-# `import matplotlib` fails if that module is not installed. matplotlib chooses its own then.
+# Started from a notebook, we inherit its MPLBACKEND, module://..., which may not be installed
+# here. Then `import matplotlib` would fail.
 if "matplotlib" not in sys.modules and os.environ.get("MPLBACKEND", "").startswith("module://"):
     del os.environ["MPLBACKEND"]
 
-import matplotlib.figure
+import matplotlib.figure  # not pyplot, which looks for a display
 import matplotlib.style
 import numpy as np
 import tensorflow.compat.v1 as tf
 
 SIDE = 28  # pixels along an edge of an image
 PIXELS = SIDE * SIDE  # D
-LATENT = 2  # K; the picture, the page and NLL need the codes to lie in a plane
-# Units of the layers with ELU, and of the linear layers after them. "tutorial" is what the
-# tutorial lists; "mirrored" is what its text describes, the encoder backwards.
+LATENT = 2  # K; the pictures and the integral in `evaluate` need the codes to lie in a plane
+# Of each network: the units of its layers with ELU, then those of its linear layers. "tutorial"
+# is what the tutorial lists; "mirrored" is what its text describes, the encoder backwards.
 ENCODER = ([256, 128, 64], [2 * LATENT])
 DECODERS = {
     "tutorial": ([256, 128, 64], [4, PIXELS]),
@@ -59,24 +60,30 @@ DECODERS = {
 }
 BATCH_SIZE = 256  # images an iteration
 LEARNING_RATE = 0.001  # Adam's own default
-SHARDS = 2  # parts of a batch that are computed at the same time: see `fast_update`
-DATA = Path(__file__).resolve().parent / "data"  # has mnist.npz, and the page's frame
+SHARDS = 2  # each batch is computed in two halves, in two threads; this only saves time
+DATA = Path(__file__).resolve().parent / "data"  # has mnist.npz, and the page's template
+
+
+class UsageError(ValueError):
+    """What the user gave is wrong: an option, a file of data, a directory or a checkpoint."""
 
 
 # ---------------------------------------------------------------------------------- model
 class Dense:
     """A fully connected layer, as `tf.layers.dense` made it; TensorFlow 2.16 removed that.
 
-    Its weights are made here, once, with the names that `tf.layers.dense` gave them:
-    dense/kernel, dense/bias, dense_1/kernel, ... Every call uses the same weights.
+    Its weights are made here, once, and used in every call. They have the names that
+    `tf.layers.dense` gave them, so that checkpoints of the tutorial's program can be loaded.
     """
 
-    def __init__(self, inputs, units, activation=None):
+    def __init__(self, input_units, units, activation=None):
         self.activation = activation
+        # Without a name, the scope is the next of dense, dense_1, dense_2, ...
         with tf.variable_scope(None, default_name="dense"):
+            shape = [input_units, units]
             glorot = tf.glorot_uniform_initializer()
             zeros = tf.zeros_initializer()
-            self.kernel = tf.get_variable("kernel", [inputs, units], initializer=glorot)
+            self.kernel = tf.get_variable("kernel", shape, initializer=glorot)
             self.bias = tf.get_variable("bias", [units], initializer=zeros)
 
     def __call__(self, fc):
@@ -84,15 +91,15 @@ class Dense:
         return fc if self.activation is None else self.activation(fc)
 
 
-def dense_layers(inputs, elu_units, linear_units):
+def dense_layers(input_units, elu_units, linear_units):
     """Make the layers of an encoder or a decoder, one after the other."""
     layers = []
     for n in elu_units:
-        layers.append(Dense(inputs, units=n, activation=tf.nn.elu))
-        inputs = n
+        layers.append(Dense(input_units, units=n, activation=tf.nn.elu))
+        input_units = n
     for n in linear_units:
-        layers.append(Dense(inputs, units=n))
-        inputs = n
+        layers.append(Dense(input_units, units=n))
+        input_units = n
     return layers
 
 
@@ -104,17 +111,13 @@ class VAE:
     `kld` and their sum `loss` are means over the batch. Losses are in nats an image. `opt` is
     the operation that makes one update.
 
-    `seed` decides the first weights and, with the number of updates, the noise `eps`.
-    `shards` changes results by rounding alone. `decoder` is a key of DECODERS; any other is
-    a ValueError.
+    `seed` decides the first weights; `seed` and `iteration`, the number of updates made,
+    decide the noise `eps`. `shards` changes results by rounding alone. `decoder` is a key of
+    DECODERS.
     """
 
     def __init__(self, learning_rate=LEARNING_RATE, seed=0, shards=SHARDS, decoder="tutorial"):
-        if decoder not in DECODERS:
-            expected = ", ".join(DECODERS)
-            raise ValueError(f"decoder must be one of {expected}, got {decoder!r}")
         tf.set_random_seed(seed)
-        older = len(tf.global_variables())  # another model's, if the graph has one
         self.iteration = tf.Variable(0, trainable=False, dtype=tf.int64, name="global_step")
         self.encoder = dense_layers(PIXELS, *ENCODER)
         self.decoder = dense_layers(LATENT, *DECODERS[decoder])
@@ -124,8 +127,8 @@ class VAE:
 
         # Input data Tensor
         self.x = tf.placeholder(tf.float32, [None, PIXELS], name="x")  # (B, D) in [0, 1]
-        # epsilon is a sample from a N(0, 1) distribution. "Stateless": the same seed and
-        # iteration give the same noise, so a resumed run goes on as if it never stopped.
+        # epsilon is a sample from a N(0, 1) distribution. "Stateless": it depends on nothing but
+        # these two numbers, so that a resumed run goes on as if it never stopped.
         shape = [tf.shape(self.x)[0], LATENT]
         self.eps = tf.random.stateless_normal(shape, seed=[seed, self.iteration])
         self.mu, self.log_sig_sq, self.z, self.logits = self.forward(self.x, self.eps)
@@ -133,10 +136,10 @@ class VAE:
         self.rec = tf.sigmoid(self.logits, name="rec")  # (B, D)
 
         with tf.name_scope("losses"):
-            # reconstruction loss: equation (2) for r = sigmoid(l), where l are the logits and
-            # softplus(l) = log(1 + e^l). Where r rounds to 0 or 1, this stays finite and has
-            # a gradient; the tutorial's clipped logarithm has none. (For an update by
-            # `minimize`, TensorFlow's sigmoid_cross_entropy_with_logits is 2 ms slower.)
+            # reconstruction loss: equation (2). For r = sigmoid(l), where l are the logits,
+            # -log r = softplus(l) - l and -log(1 - r) = softplus(l) = log(1 + e^l). This is
+            # finite where r rounds to 0 or 1, and has a gradient there; the tutorial's clipped
+            # logarithm has none. (sigmoid_cross_entropy_with_logits is the same, but slower.)
             terms = tf.nn.softplus(self.logits) - self.x * self.logits
             self.rec_losses = tf.reduce_sum(terms, axis=1)
             self.rec_loss = tf.reduce_mean(self.rec_losses)
@@ -148,12 +151,12 @@ class VAE:
 
         # The tutorial's text leaves out the optimizer and `step`. Adam with its defaults gives
         # the losses that it shows. `fast_update` makes the same update as
-        #     adam.minimize(self.loss, self.iteration)
-        # in 0.6 of the time. It has the gradients of `loss` written down: if you change the
-        # losses, use `minimize`.
+        #     self.opt = adam.minimize(self.loss, self.iteration)
+        # in 0.6 of the time. It uses x, eps, weights and `forward`, and has the derivatives
+        # of the losses written down: if you change a loss, use `minimize`.
         adam = tf.train.AdamOptimizer(learning_rate)
         self.opt = fast_update(self, adam, shards)
-        self.variables = tf.global_variables()[older:]  # weights, iteration, Adam's state
+        self.variables = [self.iteration, *self.weights, *adam.variables()]
         self.saver = tf.train.Saver(self.variables)
 
     def forward(self, x, eps):
@@ -167,8 +170,6 @@ class VAE:
             log_sig_sq = fc[:, LATENT:]
         # z = mu + sigma * epsilon
         # Random normal variable for decoder :D
-        # sess.run can be fed any tensor, not only placeholders. Whoever feeds model.z skips
-        # encoder and sampler, and needs no x. That is how `decode` uses the trained graph.
         z = tf.add(mu, tf.exp(log_sig_sq / 2) * eps, name="z")
         with tf.name_scope("decoder"):
             fc = z
@@ -178,6 +179,8 @@ class VAE:
 
     def step(self, batch, sess):
         """Make one update on a batch, (B, D) in [0, 1]; return kld, rec_loss before it."""
+        # Two calls: in one, the losses might be computed from weights that are new already.
+        # Both have the same noise, since `iteration` changes with the update.
         kld, rec_loss = sess.run([self.kld, self.rec_loss], {self.x: batch})
         sess.run(self.opt, {self.x: batch})
         return float(kld), float(rec_loss)
@@ -188,11 +191,13 @@ class VAE:
 
     def decode(self, z, sess):
         """Return the images, float32 (B, 28, 28) in [0, 1], that codes (B, K) stand for."""
+        # Any tensor can be fed, not only a placeholder. Whoever feeds z skips encoder and
+        # sampler, and needs no x: so the graph that was trained also draws.
         return sess.run(self.rec, {self.z: z}).reshape(-1, SIDE, SIDE)
 
 
 # -------------------------------------------------------------------------------- picture
-@matplotlib.style.context("default")  # whatever the user's own settings are
+@matplotlib.style.context("default")  # whatever the user's own settings of matplotlib are
 def display_manifold(model, sess, path="latent.png"):
     """Draw 30 x 30 images, decoded over [-2, 2] in both latent dimensions, into a file.
 
@@ -211,7 +216,7 @@ def display_manifold(model, sess, path="latent.png"):
 
     fig = matplotlib.figure.Figure(figsize=(10, 10), dpi=100)  # 1,000 x 1,000 pixels
     axes = fig.add_axes((0.08, 0.08, 0.84, 0.84), frame_on=False)  # 840 x 840 of these
-    edge = 2 + 2 / (n - 1)  # of an image; the outermost ones have their middle at 2
+    edge = 2 + 2 / (n - 1)  # half a step beyond 2, since the middle of an image is its code
     extent = (-edge, edge, -edge, edge)
     grey = {"cmap": "Greys_r", "vmin": 0, "vmax": 1, "interpolation": "nearest"}
     axes.imshow(figure, extent=extent, **grey)
@@ -229,34 +234,22 @@ def load_mnist(path=None):
     `tf.keras.datasets.mnist.load_data()` has in its cache, or downloads.
 
     Returns (x_train, y_train), (x_test, y_test): images, uint8 (N, 28, 28) from 0 to 255,
-    and labels, integers (N,). The file may have images (N, 784) or (N, 28, 28, 1), of any
-    integer type. It may lack labels; then all are 0. Raises OSError if there is no file, or
-    no download, and ValueError if the file holds something else.
+    and labels, integers (N,). So that data sets like MNIST load as they are published, the
+    file may have images (N, 784) or (N, 28, 28, 1), of any integer type, and labels (N, 1) or
+    none: then all are 0. Raises UsageError, a ValueError, for any other file, or for none.
     """
-    if path is None:
-        path = DATA / "mnist.npz"
-        if not path.exists():
-            return download_mnist()
+    file = path or DATA / "mnist.npz"
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        if path is None and not file.exists():
+            return tf.keras.datasets.mnist.load_data()
+        with np.load(file, allow_pickle=False) as archive:
             return read_part(archive, "train"), read_part(archive, "test")
-    except (OSError, MemoryError):  # the machine's fault, not the file's
+    except MemoryError:
         raise
-    except Exception as error:  # NumPy, zipfile and zlib raise many kinds
-        raise ValueError(
-            f"{path}: expected an .npz archive with x_train, y_train, x_test and y_test; "
+    except Exception as error:  # of many kinds: NumPy, zipfile, zlib, Keras, and read_part
+        raise UsageError(
+            f"{file}: expected an .npz archive with x_train, y_train, x_test and y_test; "
             f'{error}; README has a recipe, "Other data"'
-        ) from error
-
-
-def download_mnist():
-    """Return what Keras has in its cache, or downloads."""
-    try:
-        return tf.keras.datasets.mnist.load_data()
-    except Exception as error:  # Keras raises the bare class
-        raise OSError(
-            f"no data: {DATA / 'mnist.npz'} is missing, MNIST cannot be downloaded ({error}); "
-            "give a file mnist.npz with --data FILE"
         ) from error
 
 
@@ -270,7 +263,7 @@ def read_part(archive, part):
         raise ValueError(f"x_{part} is {images.dtype} {images.shape}; {expected}")
     low = images.min()
     high = images.max()
-    if low < 0 or high > 255 or high < 2:  # up to 1, they are black and white, or scaled
+    if low < 0 or high > 255 or high < 2:  # 1: black and white, or scaled already
         found = f"x_{part} has values from {low} to {high}"
         raise ValueError(f"{found}; expected grey from 0 to 255")
     images = np.ascontiguousarray(images.reshape(-1, SIDE, SIDE), np.uint8)
@@ -283,7 +276,7 @@ def read_part(archive, part):
 
 
 def scale(images):
-    """Return images, uint8 (N, 28, 28) or (28, 28), as the network's input.
+    """Return images, uint8 (N, 28, 28), or one, (28, 28), as the network's input.
 
     That is (N, D) in [0, 1]. Other images, such as scaled ones, are a ValueError.
     """
@@ -299,17 +292,16 @@ def random_batches(x_train, batch_size=BATCH_SIZE, seed=0, first=0):
     They are drawn with replacement; seed and iteration decide which. A resumed run has
     `first` above 0.
     """
-    rng = np.random.default_rng(seed)
-    for i in itertools.count():
+    for i in itertools.count(first):
+        rng = np.random.default_rng([seed, i])
         batch_idx = rng.integers(len(x_train), size=batch_size)
-        if i >= first:  # earlier ones are drawn to bring the generator where it was
-            yield scale(x_train[batch_idx])
+        yield scale(x_train[batch_idx])
 
 
 # ------------------------------------------------------------------------------- training
 def progress(first, last):
-    """Yield the numbers first, ..., last - 1; show on a terminal how long it takes."""
-    on_terminal = sys.stderr is not None and sys.stderr.isatty()
+    """Yield the numbers of range(first, last); show on a terminal how long it takes."""
+    on_terminal = sys.stderr is not None and sys.stderr.isatty()  # None: it is closed
     erase_line = "\033[K"  # a terminal's code: erase what follows in the line
     start = time.monotonic()
     shown = start
@@ -329,9 +321,9 @@ def progress(first, last):
 def train(model, sess, x_train, run, log_every, checkpoint_every):
     """Make the updates that a run still lacks, as the loop of the tutorial's main block does.
 
-    `run` is a `Run`, of "the run on disk". It made run.made of run.wanted updates. run.log
-    writes a line of log.csv, and run.save a checkpoint, if the losses are finite; otherwise
-    they raise FloatingPointError.
+    `run`, of the class Run below, knows its settings and how many updates are made and
+    wanted. run.log adds a line to log.csv, and run.save saves a checkpoint. If the losses are
+    not finite, both raise FloatingPointError.
     """
     settings = run.settings
     batches = random_batches(x_train, settings["batch_size"], settings["seed"], run.made)
@@ -341,24 +333,29 @@ def train(model, sess, x_train, run, log_every, checkpoint_every):
             kld, rec_loss = model.step(x_batch, sess)
             run.log(i, kld, rec_loss)
             print(f"Iteration {i}: KLD = {kld:f}, RecLoss = {rec_loss:f}", flush=True)
-        else:  # the same update; a session computes only what is fetched, so no losses
+        else:  # the same update, without the losses: a session computes only what is fetched
             sess.run(model.opt, {model.x: x_batch})
         run.made = i + 1
         if run.made % checkpoint_every == 0 or run.made == run.wanted:
-            run.save(model, sess, x_batch)
+            run.save(model, sess, x_batch)  # with the batch, to see that its losses are finite
 
 
-def work(run, x_train, test, args):
-    """Do what the tutorial's main block does, and what the options in `args` add."""
-    with tf.Graph().as_default(), session(run.settings["shards"]) as sess:
+def train_and_draw(run, x_train, test, args):
+    """Do what the tutorial's main block does, and what the options in `args` add.
+
+    `main` has loaded the data. Functions that you have not met are in the second half.
+    """
+    with tf.Graph().as_default(), session(threads=run.settings["shards"]) as sess:
         model = new_model(run.settings)
         sess.run(tf.global_variables_initializer())
-        run.restore(model, sess)  # its newest checkpoint, if it has one
+        if run.made > 0:
+            restore(model, sess, run.checkpoints)
+        run.prepare()
         train(model, sess, x_train, run, args.log_every, args.checkpoint_every)
         path = run.directory / "latent.png"
-        with whole_file(path) as temporary:
+        with replacing(path) as temporary:
             display_manifold(model, sess, temporary)
-        page = explore(model, sess, test, run)
+        page = explore(model, sess, test, run)  # None, if the page's template is missing
         hint = f"; move through it in {page}" if page else ""
         print(f"The manifold of the latent codes is in {path}{hint}", flush=True)
         if args.report:
@@ -372,19 +369,24 @@ def work(run, x_train, test, args):
 def fast_update(model, adam, shards):
     """Return the operation of adam.minimize(model.loss, model.iteration), but faster.
 
-    It makes the same update, to rounding. A weight w changes the loss through three tensors
-    y, and by the chain rule
+    It makes the same update, to rounding. The loss is a function of three tensors y, and by
+    the chain rule its derivative by a weight w is
 
-        d loss / d w = sum over y of slope_y d y / d w,  where slope_y = d loss / d y is
-            (sigmoid(logits) - x) / B         for y = logits, from equation (2),
-            mu / B                            for y = mu, from equation (1),
-            (exp(log_sig_sq) - 1) / (2 B)     for y = log_sig_sq, from equation (1).
+        d loss / d w = sum over y of slope_y d y / d w,  where slope_y, the partial derivative
+        of the loss by y, with the other two fixed, follows from equations (1) and (2):
+            (sigmoid(logits) - x) / B         for y = logits,
+            mu / B                            for y = mu,
+            (exp(log_sig_sq) - 1) / (2 B)     for y = log_sig_sq.
 
-    `minimize` finds the slopes from the losses. Here they are written down, so the losses are
-    not computed. (`minimize` computes them: TensorFlow's gradient of a sum asks for the shape
-    of the terms.) And the batch is split into shards, each of which goes through the whole
-    network in a thread of its own; their gradients are added. Matrix products of this size
-    gain nothing from a second thread within them. README says what each of this saves.
+    tf.gradients computes this sum. (mu and log_sig_sq act on the logits, too; that is in
+    d logits / d w.) It is faster than `minimize` for two reasons:
+
+    - The slopes are written down here, so that the losses themselves are not computed.
+    - The batch is split into shards. Each goes through the whole network in a thread of its
+      own, and their gradients are added. Within matrix products of this size, a second thread
+      gains nothing.
+
+    README says how much each saves.
     """
     size = tf.shape(model.x)[0] // shards
     sizes = [size] * (shards - 1) + [-1]  # -1: the last shard gets what is left over
@@ -396,7 +398,8 @@ def fast_update(model, adam, shards):
             slopes = [tf.sigmoid(logits) - x, mu, (tf.exp(log_sig_sq) - 1.0) / 2.0]
             slopes = [slope / batch_size for slope in slopes]
             ys = [logits, mu, log_sig_sq]
-            gradients_of_shards.append(tf.gradients(ys, model.weights, grad_ys=slopes))
+            gradients = tf.gradients(ys, model.weights, grad_ys=slopes)
+            gradients_of_shards.append(gradients)
         gradients = [tf.add_n(parts) for parts in zip(*gradients_of_shards)]
         # tf.tuple waits for all gradients before any weight changes. Otherwise a gradient may
         # be computed from weights that are new already, and no two runs are the same.
@@ -404,29 +407,19 @@ def fast_update(model, adam, shards):
         return adam.apply_gradients(zip(gradients, model.weights), model.iteration)
 
 
-def shard_count():
-    """Return how many shards suit the machine: two, or one on a single core or a GPU."""
-    cores = os.cpu_count()
-    if hasattr(os, "sched_getaffinity"):  # the cores that this process may use
-        cores = len(os.sched_getaffinity(0))
-    if cores == 1 or tf.config.list_physical_devices("GPU"):
-        return 1
-    return SHARDS
-
-
-def session(shards=SHARDS):
-    """Open a session on the current graph, with a thread for each of several shards."""
+def session(threads=SHARDS):
+    """Open a session on the current graph, with so many threads, one for each shard."""
     config = tf.ConfigProto()
     config.gpu_options.allow_growth = True  # take a GPU's memory as it is needed
-    if shards > 1:
-        config.intra_op_parallelism_threads = 1
-        config.inter_op_parallelism_threads = shards
+    if threads > 1:
+        config.inter_op_parallelism_threads = threads  # operations at the same time
+        config.intra_op_parallelism_threads = 1  # threads within each of them
     return tf.Session(config=config)
 
 
 # ------------------------------------------------------------------------ the run on disk
-# The settings of a run, and their defaults. The command line has an option for each; its value
-# is None if the option is not given.
+# The settings of a run, and their defaults. For options that are not given, the command line has
+# None, so that a resumed run can keep its own.
 DEFAULTS = {
     "data": None,  # data/mnist.npz
     "iterations": 5000,  # a bit over 21 epochs
@@ -434,23 +427,24 @@ DEFAULTS = {
     "learning_rate": LEARNING_RATE,
     "decoder": "tutorial",
     "seed": 0,
-    "shards": None,  # as suits the machine
+    "shards": SHARDS,
 }
-KEPT = ("batch_size", "decoder", "seed", "shards")  # which a resumed run cannot change
+# A resumed run has to keep these, and its images; more iterations or another learning rate hold
+# from there on.
+KEPT = ("batch_size", "decoder", "seed", "shards")
 RESULTS = ("latent.png", "explore.html", "metrics.json", "report.png")
-LOG_HEADER = b"iteration,kld,rec_loss\n"
 
 
 @contextmanager
-def locked(folder):
+def locked(directory):
     """Keep other processes out of a run. The lock ends with the process, even if killed."""
-    with open(folder / "lock", "a") as file:
+    with open(directory / "checkpoints" / "lock", "a") as file:
         try:
             import fcntl
 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ValueError(f"{folder.parent}: another run is at work there") from error
+            raise UsageError(f"{directory}: another run is at work there") from error
         except (ImportError, OSError):
             pass  # Windows and some network file systems have no such locks
         yield
@@ -463,9 +457,9 @@ def to_disk(path):
 
 
 @contextmanager
-def whole_file(path):
-    """Yield a name to write to; then move that file to `path`, whole and at once."""
-    temporary = path.with_name(f"tmp-{path.name}")  # with the same ending
+def replacing(path):
+    """Yield a name to write to; then move the file to `path`, which is never half written."""
+    temporary = path.with_name(f"tmp-{path.name}")  # the ending says the format
     try:
         yield temporary
         to_disk(temporary)
@@ -474,17 +468,11 @@ def whole_file(path):
         temporary.unlink(missing_ok=True)
 
 
-def updates_made(checkpoints):
-    """Return how many updates the newest checkpoint has had; 0 if there is none."""
-    newest = tf.train.latest_checkpoint(checkpoints)  # .../vae_mnist-500, or None
-    return 0 if newest is None else int(newest.rpartition("-")[2])
-
-
 class Run:
     """A training run, kept in a directory so that it can be killed at any moment.
 
-        checkpoints/run.json            the settings; written when the run begins or goes on
-        checkpoints/vae_mnist-500.*     all variables after 500 updates, from `Saver`
+        checkpoints/run.json            its settings
+        checkpoints/vae_mnist-500.*     all variables after 500 updates, as `Saver` writes them
         checkpoints/checkpoint          names the newest of these
         checkpoints/lock                locked while a process works on the run
         log.csv                         the losses that were printed, at full precision
@@ -498,11 +486,14 @@ class Run:
 
     def __init__(self, directory, settings):
         self.directory = directory
-        self.settings = settings  # as DEFAULTS, and "images": a hash of the training images
+        self.settings = settings  # by name: those of DEFAULTS, and "images_sha256"
         self.wanted = settings["iterations"]
         self.checkpoints = directory / "checkpoints"
         self.log_path = directory / "log.csv"
-        self.made = updates_made(self.checkpoints)
+        state = tf.train.get_checkpoint_state(self.checkpoints)  # what `checkpoint` says
+        self.made = 0
+        if state is not None:  # .../vae_mnist-500
+            self.made = int(state.model_checkpoint_path.rpartition("-")[2])
 
     @property
     def title(self):
@@ -511,30 +502,32 @@ class Run:
         return f"{decoder} decoder, {self.made:,} iterations, seed {seed}"
 
     def prepare(self):
-        """Write run.json, and make the directory what it was at the newest checkpoint."""
-        with whole_file(self.checkpoints / "run.json") as temporary:
+        """Write run.json; remove older results, and all that is newer than the checkpoint."""
+        if self.made == 0:
+            # A new run. Killed in between, it leaves files that belong to no run.
+            for name in ("run.json", "checkpoint"):
+                (self.checkpoints / name).unlink(missing_ok=True)
+        with replacing(self.checkpoints / "run.json") as temporary:
             temporary.write_text(json.dumps(self.settings, indent=2) + "\n")
+        self.remove_other_checkpoints()
         if self.made < self.wanted:
-            for name in RESULTS:  # which show an older checkpoint than the one to come
+            for name in RESULTS:  # they will be out of date
                 (self.directory / name).unlink(missing_ok=True)
-        lines = [LOG_HEADER]
+        lines = ["iteration,kld,rec_loss\n"]
         if self.log_path.exists():
-            for line in self.log_path.read_bytes().splitlines(keepends=True):
-                iteration = line.partition(b",")[0]
-                # A torn last line ends anywhere: "11" may be the beginning of "1100,...".
-                is_whole = line.endswith(b"\n") and iteration.isdigit()
-                if is_whole and int(iteration) < self.made:
+            for line in self.log_path.read_text().splitlines(keepends=True):
+                iteration = line.partition(",")[0]  # not a number in the first line
+                is_whole = line.endswith("\n")  # a kill may have torn the last line
+                if is_whole and iteration.isdecimal() and int(iteration) < self.made:
                     lines.append(line)
-        with whole_file(self.log_path) as temporary:
-            temporary.write_bytes(b"".join(lines))
+        with replacing(self.log_path) as temporary:
+            temporary.write_text("".join(lines))
 
-    def restore(self, model, sess):
-        """Set the variables to those of the newest checkpoint, if there is one."""
-        if self.made > 0:
-            try:
-                restore(model, sess, self.checkpoints)
-            except ValueError as error:
-                fail(error, status=2)
+    def remove_other_checkpoints(self):
+        """Remove all checkpoints but the newest, and what a killed save has left."""
+        for path in self.checkpoints.glob("vae_mnist-*"):
+            if not path.name.startswith(f"vae_mnist-{self.made}."):
+                path.unlink()
 
     def check(self, updates, kld, rec_loss):
         """Raise FloatingPointError unless the losses after so many updates are finite."""
@@ -547,76 +540,74 @@ class Run:
     def log(self, iteration, kld, rec_loss):
         """Add a line to log.csv: the losses before the update of this iteration."""
         self.check(iteration, kld, rec_loss)
-        with open(self.log_path, "a", newline="\n") as file:
+        with open(self.log_path, "a") as file:
             file.write(f"{iteration},{kld!r},{rec_loss!r}\n")
 
     def save(self, model, sess, x_batch):
         """Save a checkpoint, if the losses of x_batch with the new weights are finite."""
         self.check(self.made, *sess.run([model.kld, model.rec_loss], {model.x: x_batch}))
-        # Not write_state: Saver would write `checkpoint` before the others are on the disk.
+        # write_state=False: we write the file `checkpoint`, when the others are on the disk.
         prefix = str(self.checkpoints / "vae_mnist")
         name = model.saver.save(
             sess, prefix, global_step=self.made, write_meta_graph=False, write_state=False
         )
         for path in [self.log_path, *self.checkpoints.glob(f"vae_mnist-{self.made}.*")]:
             to_disk(path)
-        with whole_file(self.checkpoints / "checkpoint") as temporary:
+        with replacing(self.checkpoints / "checkpoint") as temporary:
             temporary.write_text(f'model_checkpoint_path: "{Path(name).name}"\n')
-        for path in self.checkpoints.glob("vae_mnist-*"):
-            if not path.name.startswith(f"vae_mnist-{self.made}."):
-                path.unlink()
+        self.remove_other_checkpoints()
 
 
 def read_settings(directory):
     """Return the settings of the run in a directory, or None if there is no run."""
     path = directory / "checkpoints" / "run.json"
+    if not path.exists():
+        return None
     try:
         settings = json.loads(path.read_bytes())
-        if settings.keys() != {*DEFAULTS, "images"}:
-            raise ValueError("other names")
-    except FileNotFoundError:
-        return None
-    except (ValueError, AttributeError) as error:
-        raise ValueError(
-            f"{path}: expected a run's settings, got a damaged file; --overwrite replaces it"
-        ) from error
+    except ValueError:
+        settings = None
+    if not isinstance(settings, dict) or settings.keys() != {*DEFAULTS, "images_sha256"}:
+        expected = "expected a run's settings, got a damaged file"
+        raise UsageError(f"{path}: {expected}; --overwrite replaces it")
     return settings
 
 
 def begin_run(directory, given, overwrite):
-    """Begin a run; refuse to replace an unfinished one, unless `overwrite` is true."""
-    checkpoints = directory / "checkpoints"
-    older = None if overwrite else read_settings(directory)
-    made = updates_made(checkpoints)
-    if older is not None and made > 0:
-        if made < older["iterations"]:
-            raise ValueError(
-                f"the run in {directory} made {made} of {older['iterations']} iterations: "
+    """Return a new run, with the settings that are given and default ones.
+
+    It refuses to replace an unfinished run, unless `overwrite` is true.
+    """
+    settings = None if overwrite else read_settings(directory)
+    if settings is not None:
+        older = Run(directory, settings)
+        if 0 < older.made < older.wanted:
+            raise UsageError(
+                f"the run in {directory} made {older.made} of {older.wanted} iterations: "
                 "go on with --resume, or replace it with --overwrite"
             )
-        print(f"Replacing the finished run in {directory}", flush=True)
-    # The older run goes. Without run.json its other files are nobody's, so that goes first.
-    for name in ("run.json", "checkpoint", "vae_mnist-*"):
-        for path in checkpoints.glob(name):
-            path.unlink()
-    run = Run(directory, {**DEFAULTS, "shards": shard_count(), **given})
-    run.prepare()
+        if older.made > 0:
+            print(f"Replacing the finished run in {directory}", flush=True)
+    run = Run(directory, {**DEFAULTS, **given})
+    run.made = 0
     return run
 
 
-def resume_run(directory, given, older):
-    """Go on with a run. Settings that are given replace older ones, but for those in KEPT."""
+def resume_run(directory, given):
+    """Return the run in a directory, with the settings that are given and its own.
+
+    If it made as many iterations as are wanted, or more, it only draws again.
+    """
+    older = read_settings(directory)
     settings = {**older, **given}
-    run = f"--resume: the run in {directory}"
-    if settings["images"] != older["images"]:
-        raise ValueError(f"{run} learns from other images; give their file with --data")
+    if settings["images_sha256"] != older["images_sha256"]:
+        reason = "learns from other images; give their file with --data"
+        raise UsageError(f"--resume: the run in {directory} {reason}")
     for name in KEPT:
         if settings[name] != older[name]:
-            option = f"--{name.replace('_', '-')}"
-            raise ValueError(f"{run} has {option} {older[name]}, not {settings[name]}")
-    run = Run(directory, settings)
-    run.prepare()
-    return run
+            reason = f"has --{name.replace('_', '-')} {older[name]}, not {settings[name]}"
+            raise UsageError(f"--resume: the run in {directory} {reason}")
+    return Run(directory, settings)
 
 
 # ------------------------------------------------------------------------ a trained model
@@ -625,13 +616,13 @@ def restore(model, sess, path):
 
     `path` is the name of a checkpoint, as `tf.train.latest_checkpoint` returns it, or a
     directory such as outputs/checkpoints, for its newest one. If the checkpoint has weights
-    alone, Adam's variables and `iteration` get their initial values. Raises ValueError if
-    there is no checkpoint, or if it is damaged or of another network; then no variable has
-    changed.
+    alone, Adam's variables and `iteration` get their initial values. Raises UsageError, a
+    ValueError, if there is no checkpoint, or if it is damaged or of another network; then no
+    variable has changed.
     """
     name = tf.train.latest_checkpoint(path) or str(path)
     if not os.path.exists(f"{name}.index"):
-        raise ValueError(f"{path}: expected a checkpoint, found none")
+        raise UsageError(f"{path}: expected a checkpoint, found none")
     try:
         shapes = tf.train.load_checkpoint(name).get_variable_to_shape_map()
         for weight in model.weights:
@@ -639,12 +630,13 @@ def restore(model, sess, path):
             expected = weight.shape.as_list()
             if found != expected:
                 reason = f"{weight.op.name} is {found}, not {expected}"
-                raise ValueError(f"{name}: of another network: {reason}")
+                raise UsageError(f"{name}: of another network: {reason}")
+        # model.saver would expect all variables.
         present = [v for v in model.variables if v.op.name in shapes]
         with sess.graph.as_default():
             tf.train.Saver(present).restore(sess, name)
     except tf.errors.OpError as error:
-        raise ValueError(f"{name}: damaged: {error.message}") from error
+        raise UsageError(f"{name}: damaged: {error.message}") from error
     sess.run([v.initializer for v in model.variables if v.op.name not in shapes])
 
 
@@ -658,31 +650,32 @@ def new_model(settings):
 def trained(directory="outputs"):
     """Open the model of a run, finished or not: `with trained() as (model, sess):`.
 
-    `directory` is the run's. It may also be one in which the tutorial's own program, under
-    TensorFlow 1, saved checkpoints with `tf.train.Saver`. Raises what `restore` raises.
+    `directory` is the run's, or one with a checkpoint of the tutorial's own program, if that
+    was given a `tf.train.Saver`. Raises what `restore` raises.
     """
     directory = Path(directory)
     settings = read_settings(directory)
     with tf.Graph().as_default():
         model = VAE() if settings is None else new_model(settings)
         folder = directory if settings is None else directory / "checkpoints"
-        with session() as sess:
+        with session() as sess:  # its threads suit any model
             restore(model, sess, folder)
             yield model, sess
 
 
 # --------------------------------------------------------------------- what it has learnt
 def grid_codes(reach, step):
-    """Return the codes of a grid over [-reach, reach]^2, (N, K), by rows from the top."""
+    """Return the codes of a grid over [-reach, reach]^2, (N, K), the top row first."""
     axis = np.linspace(-reach, reach, round(2 * reach / step) + 1)
     return np.stack(np.meshgrid(axis, axis[::-1]), axis=-1).reshape(-1, LATENT)
 
 
-def decoded(model, sess, codes):
-    """Yield, for some of the codes after the other, logits(z) and an offset: (n, D) and (n,).
+def joint_terms(model, sess, codes):
+    """Go through codes, (N, K), in groups; yield the two terms of log p(x, z) for each group.
 
     Since log p(x | z) = -RecLoss = x . logits - sum softplus(logits), we have
         log p(x, z) = x . logits + offset,  offset = log p(z) - sum softplus(logits).
+    Yielded are logits, (n, D), and offset, (n,), of n codes.
     """
     for z in np.array_split(codes, 1 + len(codes) // 400):  # 400 at a time take little memory
         logits = sess.run(model.logits, {model.z: z})
@@ -701,8 +694,8 @@ def log_likelihood(model, sess, x, reach, step):
     codes = grid_codes(reach, step)
     codes = codes[np.sum(codes**2, axis=1) <= reach**2]  # a disc, since p(z) is round
     log_sum = np.full(len(x), -np.inf)
-    for logits, offset in decoded(model, sess, codes):
-        offset = offset[:, np.newaxis].astype(np.float32)
+    for logits, offset in joint_terms(model, sess, codes):
+        offset = offset[:, np.newaxis].astype(np.float32)  # as x and logits, for less time
         log_joint = logits @ x.T + offset  # log p(x, z), (n, N)
         highest = np.max(log_joint, axis=0)
         total = np.sum(np.exp(log_joint - highest), axis=0)
@@ -717,11 +710,12 @@ def evaluate(model, sess, images, seed=0, samples=20, reach=5.5, step=0.05):
     "RecLoss": equation (2), averaged over `samples` codes from q(z | x); `seed` decides them.
     "KLD": equation (1).
     "-ELBO": their sum.
-    "NLL": -log p(x), from a grid of codes, `step` apart, in a disc of radius `reach`. After
-        5,000 iterations the defaults are good to 1e-3 nats in the mean.
+    "NLL": -log p(x), from a grid of codes, `step` apart, in a disc of radius `reach`: 38,000
+        codes, good to 1e-3 nats in the mean after 5,000 iterations.
     "KL(q || p)": -ELBO - NLL, the divergence of q(z | x), the encoder's Gaussian, from the
         exact posterior p(z | x) = p(x, z) / p(x).
-    Here p(x | z) = exp(-RecLoss); for grey pixels its sum over all x is not 1.
+    p(x | z) is exp(-RecLoss) here. For grey pixels that is not normalized, so figures of other
+    images, such as binarized ones, do not compare.
     """
     x = scale(images)
     rng = np.random.default_rng(seed)
@@ -742,12 +736,13 @@ def evaluate(model, sess, images, seed=0, samples=20, reach=5.5, step=0.05):
 
 
 # ------------------------------------------------------------------------------- the page
-# data/explore.html is the frame of the page: all of it but the numbers of a run. In the
-# browser, it decodes the code under the mouse and encodes the image that is picked or drawn.
-# It also computes the exact posterior p(z | x) on a grid of codes.
-NUMBERS_HERE = b">NUMBERS_HERE<"  # where the frame wants the numbers
-PAGE_REACH = 4.5  # of that grid; nearly all test images have their codes within it
+# data/explore.html is the page's template. In the browser, it decodes the code under the mouse,
+# encodes the image that is picked or drawn, and computes the exact posterior p(z | x) on a grid
+# of codes. `page_numbers` lists what it reads, and what for.
+NUMBERS_HERE = b">NUMBERS_HERE<"  # the content of the template's element for the numbers
+PAGE_REACH = 4.5  # of the page's grid; nearly all test images have their codes within it
 PAGE_STEP = 0.075  # 121 x 121 codes, which take a browser two seconds
+# Of MNIST's training images, as `opened_run` computes it:
 MNIST_SHA256 = "741c988805d008ac6e4c904b69001ba184c24b2c540a4ef403f4c71b676cf757"
 # Ten colours that colour-blind people can tell apart. Seven are Petroff's (arXiv:2107.02270);
 # his other three are hard to see on black, or beside the page's yellow glow.
@@ -790,10 +785,10 @@ def page_layers(layers, sess):
 
 def page_numbers(model, sess, test, run):
     """Return the numbers of a run that the page needs, by name; arrays `as_text`."""
-    images, labels = (part[:10000] for part in test)
+    images, labels = (part[:10000] for part in test)  # more would make a large page
     codes = []
     losses = []
-    for part in np.array_split(images, 100):  # a few at a time take little memory
+    for part in np.array_split(images, 100):  # 100 at a time take little memory
         x = scale(part)
         fetches = [model.mu, model.rec_losses, model.klds]
         mu, rec_losses, klds = sess.run(fetches, {model.x: x})
@@ -801,10 +796,10 @@ def page_numbers(model, sess, test, run):
         losses.append(rec_losses + klds)
     shown = [np.flatnonzero(labels == label)[:2] for label in ten_classes(labels)]
     shown = np.concatenate(shown)  # the places of two images a label
-    figures = evaluate(model, sess, images[shown], reach=PAGE_REACH, step=PAGE_STEP)
-    is_mnist = run.settings["images"] == MNIST_SHA256
+    measured = evaluate(model, sess, images[shown], reach=PAGE_REACH, step=PAGE_STEP)
+    is_mnist = run.settings["images_sha256"] == MNIST_SHA256
     grid = grid_codes(PAGE_REACH, PAGE_STEP)
-    offsets = [offset for _, offset in decoded(model, sess, grid)]
+    offsets = [offset for _, offset in joint_terms(model, sess, grid)]
     return {
         "run": run.title,  # the window's title
         "kind": "digit" if is_mnist else "image",  # what the page calls an image
@@ -815,11 +810,12 @@ def page_numbers(model, sess, test, run):
         "codes": as_text(np.concatenate(codes)),
         "labels": labels.tolist(),
         "colours": label_colours(labels),
-        # test images to pick from, uint8 (20, 28, 28), their labels, and the one picked first
+        # test images to pick from, uint8 (20, 28, 28), and their labels. Picked first is the
+        # one whose exact posterior is least like the encoder's Gaussian: it shows most.
         "images": as_text(images[shown]),
         "shown": labels[shown].tolist(),
-        "picked": int(np.argmax(figures["KL(q || p)"])),
-        # the grid of the exact posterior, n x n codes, and the offsets of `decoded`, float32
+        "picked": int(np.argmax(measured["KL(q || p)"])),
+        # the grid of the exact posterior, n x n codes, and the offsets of `joint_terms`, float32
         "grid": {"n": round(len(grid) ** 0.5), "reach": PAGE_REACH},
         "offset": as_text(np.concatenate(offsets).astype(np.float32)),
         # what 5, 50 and 95 % of the test images have less than: a scale for a loss
@@ -828,14 +824,14 @@ def page_numbers(model, sess, test, run):
 
 
 def explore(model, sess, test, run):
-    """Write explore.html, the frame with a run's numbers; return its path, or None."""
-    frame = DATA / "explore.html"
-    if not frame.exists():  # the module was copied without it
+    """Write explore.html, the template with a run's numbers; return its path, or None."""
+    template = DATA / "explore.html"
+    if not template.exists():  # the module was copied without it
         return None
     numbers = json.dumps(page_numbers(model, sess, test, run)).encode()
-    content = frame.read_bytes().replace(NUMBERS_HERE, b">" + numbers + b"<")
+    content = template.read_bytes().replace(NUMBERS_HERE, b">" + numbers + b"<")
     path = run.directory / "explore.html"
-    with whole_file(path) as temporary:
+    with replacing(path) as temporary:
         temporary.write_bytes(content)
     return path
 
@@ -849,8 +845,7 @@ def draw_codes(axes, mu, labels, kld):
         axes.scatter([], [], c=colours[label], edgecolor="black", label=label)
     axes.legend(title="label", loc="upper left", bbox_to_anchor=(1, 1))
     axes.set_facecolor("black")  # on which all of the colours are seen
-    square = matplotlib.patches.Rectangle((-2, -2), 4, 4, fill=False, edgecolor="white")
-    axes.add_patch(square)
+    axes.plot([-2, 2, 2, -2, -2], [-2, -2, 2, 2, -2], color="white", linewidth=1)
     axes.set(title=f"Codes of {len(mu):,} test images: KLD {kld:.2f}", aspect="equal")
     axes.set(xlabel="mu[0]; in the square: latent.png", ylabel="mu[1]")
 
@@ -865,8 +860,8 @@ def draw_sheet(axes, model, sess, test, mu, rec_loss):
         width = len(chosen) * SIDE
         top = 2 * SIDE * i
         sheet[top : top + SIDE, :width] = np.hstack(images[chosen]) / 255
-        decoded = np.hstack(model.decode(mu[chosen], sess))
-        sheet[top + SIDE : top + 2 * SIDE, :width] = decoded
+        reconstructions = np.hstack(model.decode(mu[chosen], sess))
+        sheet[top + SIDE : top + 2 * SIDE, :width] = reconstructions
     axes.imshow(sheet, cmap="Greys_r", vmin=0, vmax=1)
     axes.set(title=f"Images over reconstructions:\nRecLoss {rec_loss:.2f}", anchor="N")
     axes.set(ylabel="label", xticks=[])
@@ -879,7 +874,9 @@ def draw_losses(axes, path):
     last = f"KLD {kld[-1]:.2f}, RecLoss {rec_loss[-1]:.2f}"
     axes.set(title=f"Losses of a batch; in iteration {iterations[-1]:,.0f}: {last}")
     axes.set(xlabel=f"iteration; RecLoss begins at {rec_loss[0]:.2f}")
-    curves = [("RecLoss", rec_loss, COLOURS[0], axes), ("KLD", kld, COLOURS[8], axes.twinx())]
+    blue = COLOURS[0]
+    red = COLOURS[8]
+    curves = [("RecLoss", rec_loss, blue, axes), ("KLD", kld, red, axes.twinx())]
     for name, values, colour, side in curves:
         side.plot(iterations, values, color=colour, linewidth=1)
         side.set_ylabel(name, color=colour)
@@ -898,7 +895,7 @@ def draw_report(model, sess, test, run, means):
     draw_codes(panels["A"], mu, test[1], means["KLD"])
     draw_sheet(panels["B"], model, sess, test, mu, means["RecLoss"])
     draw_losses(panels["C"], run.log_path)
-    with whole_file(run.directory / "report.png") as temporary:
+    with replacing(run.directory / "report.png") as temporary:
         fig.savefig(temporary)
 
 
@@ -915,7 +912,7 @@ def report(model, sess, test, run):
         metrics[name] = {"mean": means[name], "standard_error": error}
         print(f"{name:10} {means[name]:8.2f} ({error:.2f})", flush=True)
     content = {"settings": run.settings, "iteration": run.made, "metrics": metrics}
-    with whole_file(run.directory / "metrics.json") as temporary:
+    with replacing(run.directory / "metrics.json") as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n")
     draw_report(model, sess, test, run, means)
     path = run.directory / "report.png"
@@ -924,7 +921,7 @@ def report(model, sess, test, run):
 
 def show_picture(path):
     """Open a window with a picture of 1,000 x 1,000 pixels, until it is closed."""
-    from matplotlib import pyplot as plt
+    from matplotlib import pyplot as plt  # only here, since it looks for a display
 
     plt.figure(figsize=(10, 10), dpi=100)
     plt.figimage(plt.imread(path))
@@ -951,7 +948,7 @@ def number(kind, lowest, highest):
 def local_directory(text):
     """Return the path of a directory on this machine, which TensorFlow can use."""
     path = Path(text).expanduser()
-    # TensorFlow takes * ? [ \ for a pattern. Of gs://bucket we would make a folder "gs:".
+    # TensorFlow takes * ? [ \ for a pattern. Path would make of gs://bucket a folder "gs:".
     if set(path.as_posix()) & set("*?[\\") or "://" in text:
         expected = "expected a directory on this machine, without * ? [ \\ in its name"
         raise argparse.ArgumentTypeError(f"{expected}, got {text!r}")
@@ -960,36 +957,39 @@ def local_directory(text):
 
 def make_parser():
     """Return the parser of the command line."""
-    about = "Train the variational autoencoder of Nate Merrill's 2019 tutorial on MNIST."
-    usage = argparse.SUPPRESS  # so that an error is one line
-    parser = argparse.ArgumentParser("vae_mnist.py", usage=usage, description=about)
-
-    def setting(name, text, **how):
-        default = "as suits the machine" if DEFAULTS[name] is None else DEFAULTS[name]
-        text = f"{text} (default: {default})"
-        parser.add_argument(f"--{name.replace('_', '-')}", help=text, **how)
-
-    count = number(int, 1, 2**31 - 1)
+    parser = argparse.ArgumentParser(
+        "vae_mnist.py",
+        usage=argparse.SUPPRESS,  # so that an error is one line
+        description="Train the VAE of Nate Merrill's 2019 tutorial on MNIST.",
+    )
     option = parser.add_argument
+    count = number(int, 1, 2**31 - 1)
+    seed = number(int, 0, 2**31 - 1)
+    rate = number(float, 1e-30, 1e30)
+    for name, kind, text in [
+        ("iterations", count, "updates to make"),
+        ("batch_size", count, "images an iteration"),
+        ("learning_rate", rate, "step size of Adam"),
+        ("seed", seed, "decides weights, batches and noise"),
+        ("shards", number(int, 1, 64), "parts of a batch, a thread each"),
+    ]:
+        text = f"{text} (default: {DEFAULTS[name]})"
+        option(f"--{name.replace('_', '-')}", type=kind, help=text)
+    text = "mirrored: the encoder backwards (default: tutorial)"
+    option("--decoder", choices=DECODERS, help=text)
     text = "an .npz archive (default: data/mnist.npz)"
     option("--data", metavar="FILE", type=os.path.abspath, help=text)
     text = "where the files of the run go (default: outputs)"
     option("--output-dir", type=local_directory, default=Path("outputs"), help=text)
-    setting("iterations", "updates to make", type=count)
-    setting("batch_size", "images an iteration", type=count)
-    setting("learning_rate", "step size of Adam", type=number(float, 1e-30, 1e30))
-    setting("decoder", "mirrored: the encoder backwards", choices=DECODERS)
-    setting("seed", "decides weights, batches and noise", type=number(int, 0, 2**31 - 1))
-    setting("shards", "parts of a batch", type=number(int, 1, 64))
-    text = "iterations a log line (default: 100)"
+    text = "iterations from a log line to the next (default: 100)"
     option("--log-every", type=count, default=100, help=text)
-    text = "iterations a checkpoint (default: 500)"
+    text = "iterations from a checkpoint to the next (default: 500)"
     option("--checkpoint-every", type=count, default=500, help=text)
-    group = parser.add_mutually_exclusive_group()
-    text = "go on with the run in --output-dir, or begin one if there is none"
-    group.add_argument("--resume", action="store_true", help=text)
+    either = parser.add_mutually_exclusive_group()
+    text = "go on with the run in --output-dir, or begin one there"
+    either.add_argument("--resume", action="store_true", help=text)
     text = "replace an unfinished run"
-    group.add_argument("--overwrite", action="store_true", help=text)
+    either.add_argument("--overwrite", action="store_true", help=text)
     option("--report", action="store_true", help="also measure and show the test set")
     option("--show", action="store_true", help="also open the picture in a window")
     return parser
@@ -1007,37 +1007,42 @@ def opened_run(args):
     """Yield a run, begun or resumed as the arguments say and locked, and its data."""
     directory = args.output_dir
     given = {name: vars(args)[name] for name in DEFAULTS if vars(args)[name] is not None}
-    older = read_settings(directory) if args.resume else None
-    data = given.get("data") or (older and older["data"])
+    data = args.data
+    if args.resume and data is None:
+        older = read_settings(directory) or DEFAULTS
+        data = older["data"]
     (x_train, _), test = load_mnist(data)
-    given["images"] = hashlib.sha256(x_train).hexdigest()
-    (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
-    with locked(directory / "checkpoints"):
-        if older is None:
-            run = begin_run(directory, given, args.overwrite)
+    given["images_sha256"] = hashlib.sha256(x_train).hexdigest()
+    try:
+        (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--output-dir: {error}") from error
+    with locked(directory):
+        if args.resume and read_settings(directory) is not None:
+            run = resume_run(directory, given)
         else:
-            run = resume_run(directory, given, older)
+            run = begin_run(directory, given, args.overwrite)
         yield run, x_train, test
 
 
 def main(argv=None):
     """Do what the command line says, or a list of its words; return the exit status.
 
-    It is 0, or 130 after Ctrl-C. Raises SystemExit: with status 2 if an option, the data or
-    the directory is wrong, before anything is written; with status 1 after a fault in a run.
+    It is 0, or 130 after Ctrl-C. Raises SystemExit: with status 2 after a UsageError, before
+    any file is changed; with status 1 after a fault in a run.
     """
-    args = make_parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    args = make_parser().parse_args(words)
     try:
-        with ExitStack() as until_the_end:
-            try:
-                run, x_train, test = until_the_end.enter_context(opened_run(args))
-            except (OSError, ValueError) as error:
-                fail(error, status=2)
-            work(run, x_train, test, args)
+        with opened_run(args) as (run, x_train, test):
+            train_and_draw(run, x_train, test, args)
     except KeyboardInterrupt:
-        again = f"python vae_mnist.py --resume --output-dir {args.output_dir}"
-        print(f"Stopped; to go on: {again}", file=sys.stderr)
+        again = [word for word in words if word not in ("--overwrite", "--resume")]
+        command = shlex.join(["python", "vae_mnist.py", *again, "--resume"])
+        print(f"Stopped; to go on: {command}", file=sys.stderr)
         return 130
+    except UsageError as error:
+        fail(error, status=2)
     except (OSError, MemoryError, FloatingPointError, tf.errors.OpError) as error:
         fail(error, status=1)
     return 0

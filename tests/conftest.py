@@ -7,7 +7,7 @@ import subprocess
 from contextlib import contextmanager
 from pathlib import Path
 
-os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"  # until TensorFlow is loaded, here alone
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # as the module does, which is imported later
 os.environ["MPLBACKEND"] = "agg"  # no window opens, whatever display there is
 
 import matplotlib.figure
@@ -18,8 +18,6 @@ import tensorflow.compat.v1 as tf
 from reference import Reference
 
 import vae_mnist
-
-del os.environ["TF_CPP_MIN_LOG_LEVEL"]
 
 
 @contextmanager
@@ -40,7 +38,7 @@ def rough(scale=1.5, **settings):
         for v in model.weights:
             value = scale * sess.run(v) if "kernel" in v.name else rng.normal(0, 0.3, v.shape)
             v.load(value.astype(np.float32), sess)
-        yield model, sess, Reference(sess.run(model.weights), model.decoder)
+        yield model, sess, Reference(sess.run(model.weights), settings.get("decoder", "tutorial"))
 
 
 @contextmanager
@@ -79,7 +77,7 @@ def trained_runs(tmp_path_factory):
 def finished(tmp_path_factory):
     """The folder of a short finished run; tests copy it before they change it."""
     output = tmp_path_factory.mktemp("finished")
-    assert runs.main(output, "--shards", 2) == 0
+    assert runs.main(output) == 0
     return output
 
 
@@ -93,7 +91,7 @@ def run_folder(finished, tmp_path):
 def unfinished(tmp_path):
     """A run of 6 iterations that was killed in its second save, so that its checkpoint is of 3."""
     kill = ("vae_mnist.Run.save", 2, signal.SIGKILL)
-    killed = runs.Forked(tmp_path / "run", "--shards", 2, signals=kill)
+    killed = runs.Forked(tmp_path / "run", signals=kill)
     assert killed.end()[0] == -signal.SIGKILL
     return tmp_path / "run"
 
