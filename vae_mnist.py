@@ -502,9 +502,9 @@ class Run:
         return f"{decoder} decoder, {self.made:,} iterations, seed {seed}"
 
     def prepare(self):
-        """Write run.json; remove older results, and all that is newer than the checkpoint."""
+        """Make the directory what the run needs to go on from its newest checkpoint, or begin."""
         if self.made == 0:
-            # A new run. Killed in between, it leaves files that belong to no run.
+            # A new run. If it is killed before it has a run.json, the older files are no run.
             for name in ("run.json", "checkpoint"):
                 (self.checkpoints / name).unlink(missing_ok=True)
         with replacing(self.checkpoints / "run.json") as temporary:
@@ -574,9 +574,9 @@ def read_settings(directory):
 
 
 def begin_run(directory, given, overwrite):
-    """Return a new run, with the settings that are given and default ones.
+    """Return a new run, with the settings that are given, and default ones for the rest.
 
-    It refuses to replace an unfinished run, unless `overwrite` is true.
+    It may replace a finished run, and an unfinished one only if `overwrite` is true.
     """
     settings = None if overwrite else read_settings(directory)
     if settings is not None:
@@ -594,9 +594,9 @@ def begin_run(directory, given, overwrite):
 
 
 def resume_run(directory, given):
-    """Return the run in a directory, with the settings that are given and its own.
+    """Return the run in a directory, with the settings that are given, and its own for the rest.
 
-    If it made as many iterations as are wanted, or more, it only draws again.
+    If it has made as many iterations as are wanted, or more, it will only draw again.
     """
     older = read_settings(directory)
     settings = {**older, **given}
@@ -631,7 +631,7 @@ def restore(model, sess, path):
             if found != expected:
                 reason = f"{weight.op.name} is {found}, not {expected}"
                 raise UsageError(f"{name}: of another network: {reason}")
-        # model.saver would expect all variables.
+        # Not model.saver: it would expect all variables.
         present = [v for v in model.variables if v.op.name in shapes]
         with sess.graph.as_default():
             tf.train.Saver(present).restore(sess, name)
@@ -900,7 +900,7 @@ def draw_report(model, sess, test, run, means):
 
 
 def report(model, sess, test, run):
-    """Measure the test set; print the figures, write metrics.json, draw report.png."""
+    """Measure the test set: print means, write metrics.json, draw report.png."""
     print(f"On {len(test[0]):,} test images, nats an image (standard error):", flush=True)
     means = {}
     metrics = {}
@@ -916,7 +916,7 @@ def report(model, sess, test, run):
         temporary.write_text(json.dumps(content, indent=2) + "\n")
     draw_report(model, sess, test, run, means)
     path = run.directory / "report.png"
-    print(f"These figures are in metrics.json, pictures in {path}", flush=True)
+    print(f"They are in metrics.json, too; pictures in {path}", flush=True)
 
 
 def show_picture(path):
@@ -1006,6 +1006,7 @@ def fail(error, status):
 def opened_run(args):
     """Yield a run, begun or resumed as the arguments say and locked, and its data."""
     directory = args.output_dir
+    # The settings that are given: options, and the images by their hash.
     given = {name: vars(args)[name] for name in DEFAULTS if vars(args)[name] is not None}
     data = args.data
     if args.resume and data is None:
