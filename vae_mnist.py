@@ -39,20 +39,21 @@ from pathlib import Path
 # TensorFlow reads this when it is loaded: its C++ code shall print less.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # Started from a notebook, we inherit its MPLBACKEND, module://..., which may not be installed
-# here. Then `import matplotlib` would fail.
+# here. Then `import matplotlib` would fail; if it is imported already, it did not.
 if "matplotlib" not in sys.modules and os.environ.get("MPLBACKEND", "").startswith("module://"):
     del os.environ["MPLBACKEND"]
 
 import matplotlib.figure  # not pyplot, which looks for a display
 import matplotlib.style
 import numpy as np
-import tensorflow.compat.v1 as tf
+import tensorflow.compat.v1 as tf  # as TensorFlow 1 was, within `with tf.Graph()`
 
 SIDE = 28  # pixels along an edge of an image
 PIXELS = SIDE * SIDE  # D
 LATENT = 2  # K; the pictures and the integral in `evaluate` need the codes to lie in a plane
-# Of each network: the units of its layers with ELU, then those of its linear layers. "tutorial"
-# is what the tutorial lists; "mirrored" is what its text describes, the encoder backwards.
+# Of each network: the units of its layers with ELU, then those of its layers without. (The sigmoid
+# comes after the last one.) "tutorial" is what the tutorial lists; "mirrored" is the encoder
+# backwards, as one may read its text, which says that the layers "upscale".
 ENCODER = ([256, 128, 64], [2 * LATENT])
 DECODERS = {
     "tutorial": ([256, 128, 64], [4, PIXELS]),
@@ -60,7 +61,7 @@ DECODERS = {
 }
 BATCH_SIZE = 256  # images an iteration
 LEARNING_RATE = 0.001  # Adam's own default
-SHARDS = 2  # each batch is computed in two halves, in two threads; this only saves time
+SHARDS = 2  # each batch is computed in two halves, in two threads: see `fast_update`
 DATA = Path(__file__).resolve().parent / "data"  # has mnist.npz, and the page's template
 
 
@@ -73,7 +74,7 @@ class Dense:
     """A fully connected layer, as `tf.layers.dense` made it; TensorFlow 2.16 removed that.
 
     Its weights are made here, once, and used in every call. They have the names that
-    `tf.layers.dense` gave them, so that checkpoints of the tutorial's program can be loaded.
+    `tf.layers.dense` gave them, so that a checkpoint of the tutorial's model can be loaded.
     """
 
     def __init__(self, input_units, units, activation=None):
@@ -119,16 +120,16 @@ class VAE:
     def __init__(self, learning_rate=LEARNING_RATE, seed=0, shards=SHARDS, decoder="tutorial"):
         tf.set_random_seed(seed)
         self.iteration = tf.Variable(0, trainable=False, dtype=tf.int64, name="global_step")
-        self.encoder = dense_layers(PIXELS, *ENCODER)
-        self.decoder = dense_layers(LATENT, *DECODERS[decoder])
+        self.encoder_layers = dense_layers(PIXELS, *ENCODER)
+        self.decoder_layers = dense_layers(LATENT, *DECODERS[decoder])
         self.weights = []
-        for layer in self.encoder + self.decoder:
+        for layer in self.encoder_layers + self.decoder_layers:
             self.weights += [layer.kernel, layer.bias]
 
         # Input data Tensor
         self.x = tf.placeholder(tf.float32, [None, PIXELS], name="x")  # (B, D) in [0, 1]
         # epsilon is a sample from a N(0, 1) distribution. "Stateless": it depends on nothing but
-        # these two numbers, so that a resumed run goes on as if it never stopped.
+        # seed and iteration, which are read at every run. So a resumed run goes on exactly.
         shape = [tf.shape(self.x)[0], LATENT]
         self.eps = tf.random.stateless_normal(shape, seed=[seed, self.iteration])
         self.mu, self.log_sig_sq, self.z, self.logits = self.forward(self.x, self.eps)
@@ -136,10 +137,10 @@ class VAE:
         self.rec = tf.sigmoid(self.logits, name="rec")  # (B, D)
 
         with tf.name_scope("losses"):
-            # reconstruction loss: equation (2). For r = sigmoid(l), where l are the logits,
-            # -log r = softplus(l) - l and -log(1 - r) = softplus(l) = log(1 + e^l). This is
-            # finite where r rounds to 0 or 1, and has a gradient there; the tutorial's clipped
-            # logarithm has none. (sigmoid_cross_entropy_with_logits is the same, but slower.)
+            # reconstruction loss: equation (2). With the logits l, where r = sigmoid(l), and
+            # softplus(l) = log(1 + e^l), log r = l - softplus(l) and log(1 - r) = -softplus(l).
+            # So each term is softplus(l) - x l. Where r rounds to 0 or 1, this is finite and
+            # has a gradient, unlike the tutorial's clipped logarithm.
             terms = tf.nn.softplus(self.logits) - self.x * self.logits
             self.rec_losses = tf.reduce_sum(terms, axis=1)
             self.rec_loss = tf.reduce_mean(self.rec_losses)
@@ -149,21 +150,21 @@ class VAE:
             self.kld = tf.reduce_mean(self.klds)
             self.loss = self.kld + self.rec_loss
 
-        # The tutorial's text leaves out the optimizer and `step`. Adam with its defaults gives
-        # the losses that it shows. `fast_update` makes the same update as
+        # The tutorial's text leaves out `step` and the optimizer, Adam with its defaults. Here
+        # `fast_update` makes the same update as
         #     self.opt = adam.minimize(self.loss, self.iteration)
-        # in 0.6 of the time. It uses x, eps, weights and `forward`, and has the derivatives
-        # of the losses written down: if you change a loss, use `minimize`.
+        # in 0.6 of the time. But it does not look at self.loss: it has the derivatives written
+        # down. So if you change the losses, use `minimize`.
         adam = tf.train.AdamOptimizer(learning_rate)
         self.opt = fast_update(self, adam, shards)
-        self.variables = [self.iteration, *self.weights, *adam.variables()]
+        self.variables = [self.iteration, *self.weights, *adam.variables()]  # made by now
         self.saver = tf.train.Saver(self.variables)
 
     def forward(self, x, eps):
         """Return mu, log_sig_sq and z, (B, K), and logits, (B, D), for images and noise."""
         with tf.name_scope("encoder"):
             fc = x
-            for layer in self.encoder:
+            for layer in self.encoder_layers:
                 fc = layer(fc)
             mu = fc[:, :LATENT]
             # estimate log sigma^2 for numerical stability
@@ -173,14 +174,14 @@ class VAE:
         z = tf.add(mu, tf.exp(log_sig_sq / 2) * eps, name="z")
         with tf.name_scope("decoder"):
             fc = z
-            for layer in self.decoder:
+            for layer in self.decoder_layers:
                 fc = layer(fc)
         return mu, log_sig_sq, z, fc
 
     def step(self, batch, sess):
         """Make one update on a batch, (B, D) in [0, 1]; return kld, rec_loss before it."""
         # Two calls: in one, the losses might be computed from weights that are new already.
-        # Both have the same noise, since `iteration` changes with the update.
+        # Both have the same noise, since `iteration` changes only with the update.
         kld, rec_loss = sess.run([self.kld, self.rec_loss], {self.x: batch})
         sess.run(self.opt, {self.x: batch})
         return float(kld), float(rec_loss)
@@ -216,7 +217,7 @@ def display_manifold(model, sess, path="latent.png"):
 
     fig = matplotlib.figure.Figure(figsize=(10, 10), dpi=100)  # 1,000 x 1,000 pixels
     axes = fig.add_axes((0.08, 0.08, 0.84, 0.84), frame_on=False)  # 840 x 840 of these
-    edge = 2 + 2 / (n - 1)  # half a step beyond 2, since the middle of an image is its code
+    edge = 2 + 0.5 * 4 / (n - 1)  # half a step beyond 2: each image has its code in the middle
     extent = (-edge, edge, -edge, edge)
     grey = {"cmap": "Greys_r", "vmin": 0, "vmax": 1, "interpolation": "nearest"}
     axes.imshow(figure, extent=extent, **grey)
@@ -236,7 +237,7 @@ def load_mnist(path=None):
     Returns (x_train, y_train), (x_test, y_test): images, uint8 (N, 28, 28) from 0 to 255,
     and labels, integers (N,). So that data sets like MNIST load as they are published, the
     file may have images (N, 784) or (N, 28, 28, 1), of any integer type, and labels (N, 1) or
-    none: then all are 0. Raises UsageError, a ValueError, for any other file, or for none.
+    none: then all are 0. Raises UsageError, a ValueError, for any other or no file.
     """
     file = path or DATA / "mnist.npz"
     try:
@@ -244,7 +245,7 @@ def load_mnist(path=None):
             return tf.keras.datasets.mnist.load_data()
         with np.load(file, allow_pickle=False) as archive:
             return read_part(archive, "train"), read_part(archive, "test")
-    except MemoryError:
+    except MemoryError:  # not the file's fault
         raise
     except Exception as error:  # of many kinds: NumPy, zipfile, zlib, Keras, and read_part
         raise UsageError(
@@ -263,7 +264,7 @@ def read_part(archive, part):
         raise ValueError(f"x_{part} is {images.dtype} {images.shape}; {expected}")
     low = images.min()
     high = images.max()
-    if low < 0 or high > 255 or high < 2:  # 1: black and white, or scaled already
+    if low < 0 or high > 255 or high < 2:  # a highest of 1: black and white, or scaled
         found = f"x_{part} has values from {low} to {high}"
         raise ValueError(f"{found}; expected grey from 0 to 255")
     images = np.ascontiguousarray(images.reshape(-1, SIDE, SIDE), np.uint8)
@@ -327,8 +328,7 @@ def train(model, sess, x_train, run, log_every, checkpoint_every):
     """
     settings = run.settings
     batches = random_batches(x_train, settings["batch_size"], settings["seed"], run.made)
-    for i in progress(run.made, run.wanted):
-        x_batch = next(batches)
+    for i, x_batch in zip(progress(run.made, run.wanted), batches):
         if i % log_every == 0:
             kld, rec_loss = model.step(x_batch, sess)
             run.log(i, kld, rec_loss)
@@ -343,14 +343,15 @@ def train(model, sess, x_train, run, log_every, checkpoint_every):
 def train_and_draw(run, x_train, test, args):
     """Do what the tutorial's main block does, and what the options in `args` add.
 
-    `main` has loaded the data. Functions that you have not met are in the second half.
+    `main` has loaded the data: x_train, and `test`, images and labels. Functions that you have
+    not met are in the second half.
     """
-    with tf.Graph().as_default(), session(threads=run.settings["shards"]) as sess:
+    with tf.Graph().as_default(), session(run.settings["shards"]) as sess:
         model = new_model(run.settings)
         sess.run(tf.global_variables_initializer())
         if run.made > 0:
             restore(model, sess, run.checkpoints)
-        run.prepare()
+        run.prepare()  # from here on files change; what is wrong has been refused
         train(model, sess, x_train, run, args.log_every, args.checkpoint_every)
         path = run.directory / "latent.png"
         with replacing(path) as temporary:
@@ -369,24 +370,23 @@ def train_and_draw(run, x_train, test, args):
 def fast_update(model, adam, shards):
     """Return the operation of adam.minimize(model.loss, model.iteration), but faster.
 
-    It makes the same update, to rounding. The loss is a function of three tensors y, and by
-    the chain rule its derivative by a weight w is
+    It makes the same update, to rounding. The loss is a function of logits, mu and log_sig_sq,
+    and these are functions of a weight w. By the chain rule
 
-        d loss / d w = sum over y of slope_y d y / d w,  where slope_y, the partial derivative
-        of the loss by y, with the other two fixed, follows from equations (1) and (2):
-            (sigmoid(logits) - x) / B         for y = logits,
-            mu / B                            for y = mu,
-            (exp(log_sig_sq) - 1) / (2 B)     for y = log_sig_sq.
+        d loss / d w = sum over y of slope_y d y / d w,  for y = logits, mu and log_sig_sq,
 
-    tf.gradients computes this sum. (mu and log_sig_sq act on the logits, too; that is in
-    d logits / d w.) It is faster than `minimize` for two reasons:
+    where slope_y is the partial derivative of the loss, equations (1) and (2), by y:
 
-    - The slopes are written down here, so that the losses themselves are not computed.
-    - The batch is split into shards. Each goes through the whole network in a thread of its
-      own, and their gradients are added. Within matrix products of this size, a second thread
-      gains nothing.
+        (sigmoid(logits) - x) / B,   mu / B,   (exp(log_sig_sq) - 1) / (2 B).
 
-    README says how much each saves.
+    tf.gradients computes that sum. (d logits / d w includes the way through mu and
+    log_sig_sq.) This takes 0.6 of the time of `minimize`, for two reasons:
+
+    - The slopes are written down. `minimize` finds them by the gradient of reduce_sum, which
+      needs to know the shape of the loss's terms, (B, D), and computes all of them for that.
+    - The batch is split into shards, which do not depend on each other. So the threads of
+      `session` compute them at the same time. Within one matrix product of this size, a
+      second thread gains nothing.
     """
     size = tf.shape(model.x)[0] // shards
     sizes = [size] * (shards - 1) + [-1]  # -1: the last shard gets what is left over
@@ -401,25 +401,25 @@ def fast_update(model, adam, shards):
             gradients = tf.gradients(ys, model.weights, grad_ys=slopes)
             gradients_of_shards.append(gradients)
         gradients = [tf.add_n(parts) for parts in zip(*gradients_of_shards)]
-        # tf.tuple waits for all gradients before any weight changes. Otherwise a gradient may
-        # be computed from weights that are new already, and no two runs are the same.
+        # No weight changes before all gradients are computed: otherwise some might be computed
+        # from new weights, now and then (after tf.disable_v2_behavior(), they would be).
         gradients = tf.tuple(gradients)
         return adam.apply_gradients(zip(gradients, model.weights), model.iteration)
 
 
-def session(threads=SHARDS):
-    """Open a session on the current graph, with so many threads, one for each shard."""
+def session(shards=SHARDS):
+    """Open a session on the current graph. Each of several shards has a thread."""
     config = tf.ConfigProto()
     config.gpu_options.allow_growth = True  # take a GPU's memory as it is needed
-    if threads > 1:
-        config.inter_op_parallelism_threads = threads  # operations at the same time
+    if shards > 1:
+        config.inter_op_parallelism_threads = shards  # operations at the same time
         config.intra_op_parallelism_threads = 1  # threads within each of them
     return tf.Session(config=config)
 
 
 # ------------------------------------------------------------------------ the run on disk
-# The settings of a run, and their defaults. For options that are not given, the command line has
-# None, so that a resumed run can keep its own.
+# The settings of a run, and their defaults. A run that is resumed has its own, so the parser has
+# None for an option that is not given, and `opened_run` leaves it out.
 DEFAULTS = {
     "data": None,  # data/mnist.npz
     "iterations": 5000,  # a bit over 21 epochs
@@ -429,8 +429,7 @@ DEFAULTS = {
     "seed": 0,
     "shards": SHARDS,
 }
-# A resumed run has to keep these, and its images; more iterations or another learning rate hold
-# from there on.
+# What --resume may not change. Of "data", the images may not change: their hash is a setting, too.
 KEPT = ("batch_size", "decoder", "seed", "shards")
 RESULTS = ("latent.png", "explore.html", "metrics.json", "report.png")
 
@@ -443,7 +442,7 @@ def locked(directory):
             import fcntl
 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        except BlockingIOError as error:  # a kind of OSError
             raise UsageError(f"{directory}: another run is at work there") from error
         except (ImportError, OSError):
             pass  # Windows and some network file systems have no such locks
@@ -459,13 +458,19 @@ def to_disk(path):
 @contextmanager
 def replacing(path):
     """Yield a name to write to; then move the file to `path`, which is never half written."""
-    temporary = path.with_name(f"tmp-{path.name}")  # the ending says the format
+    temporary = path.with_name(f"tmp-{path.name}")  # savefig looks at the ending
     try:
         yield temporary
         to_disk(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def updates_made(directory):
+    """Return how many updates the newest checkpoint of a run has had, or 0."""
+    state = tf.train.get_checkpoint_state(directory / "checkpoints")  # what `checkpoint` says
+    return 0 if state is None else int(state.model_checkpoint_path.rpartition("-")[2])
 
 
 class Run:
@@ -484,16 +489,13 @@ class Run:
     dropped, and made again with the same bits: seed and iteration decide all randomness.
     """
 
-    def __init__(self, directory, settings):
+    def __init__(self, directory, settings, made):
         self.directory = directory
         self.settings = settings  # by name: those of DEFAULTS, and "images_sha256"
+        self.made = made  # how many updates
         self.wanted = settings["iterations"]
         self.checkpoints = directory / "checkpoints"
         self.log_path = directory / "log.csv"
-        state = tf.train.get_checkpoint_state(self.checkpoints)  # what `checkpoint` says
-        self.made = 0
-        if state is not None:  # .../vae_mnist-500
-            self.made = int(state.model_checkpoint_path.rpartition("-")[2])
 
     @property
     def title(self):
@@ -504,7 +506,8 @@ class Run:
     def prepare(self):
         """Make the directory what the run needs to go on from its newest checkpoint, or begin."""
         if self.made == 0:
-            # A new run. If it is killed before it has a run.json, the older files are no run.
+            # A new run, perhaps in the place of an older one. run.json goes first: without it,
+            # the other files are no run, if we are killed here.
             for name in ("run.json", "checkpoint"):
                 (self.checkpoints / name).unlink(missing_ok=True)
         with replacing(self.checkpoints / "run.json") as temporary:
@@ -513,6 +516,7 @@ class Run:
         if self.made < self.wanted:
             for name in RESULTS:  # they will be out of date
                 (self.directory / name).unlink(missing_ok=True)
+        # Lines that are newer than the checkpoint go; these iterations will be made again.
         lines = ["iteration,kld,rec_loss\n"]
         if self.log_path.exists():
             for line in self.log_path.read_text().splitlines(keepends=True):
@@ -546,7 +550,8 @@ class Run:
     def save(self, model, sess, x_batch):
         """Save a checkpoint, if the losses of x_batch with the new weights are finite."""
         self.check(self.made, *sess.run([model.kld, model.rec_loss], {model.x: x_batch}))
-        # write_state=False: we write the file `checkpoint`, when the others are on the disk.
+        # With write_state, Saver would write `checkpoint` before the others are on the disk. So
+        # we write it, in Saver's format.
         prefix = str(self.checkpoints / "vae_mnist")
         name = model.saver.save(
             sess, prefix, global_step=self.made, write_meta_graph=False, write_state=False
@@ -573,32 +578,28 @@ def read_settings(directory):
     return settings
 
 
-def begin_run(directory, given, overwrite):
+def begin_run(directory, older, given):
     """Return a new run, with the settings that are given, and default ones for the rest.
 
-    It may replace a finished run, and an unfinished one only if `overwrite` is true.
+    It may replace a finished run with the settings `older`, but not an unfinished one.
     """
-    settings = None if overwrite else read_settings(directory)
-    if settings is not None:
-        older = Run(directory, settings)
-        if 0 < older.made < older.wanted:
+    if older is not None:
+        made = updates_made(directory)
+        if 0 < made < older["iterations"]:
             raise UsageError(
-                f"the run in {directory} made {older.made} of {older.wanted} iterations: "
+                f"the run in {directory} made {made} of {older['iterations']} iterations: "
                 "go on with --resume, or replace it with --overwrite"
             )
-        if older.made > 0:
+        if made > 0:
             print(f"Replacing the finished run in {directory}", flush=True)
-    run = Run(directory, {**DEFAULTS, **given})
-    run.made = 0
-    return run
+    return Run(directory, {**DEFAULTS, **given}, made=0)
 
 
-def resume_run(directory, given):
-    """Return the run in a directory, with the settings that are given, and its own for the rest.
+def resume_run(directory, older, given):
+    """Return the older run, with the settings that are given, and its own for the rest.
 
     If it has made as many iterations as are wanted, or more, it will only draw again.
     """
-    older = read_settings(directory)
     settings = {**older, **given}
     if settings["images_sha256"] != older["images_sha256"]:
         reason = "learns from other images; give their file with --data"
@@ -607,7 +608,7 @@ def resume_run(directory, given):
         if settings[name] != older[name]:
             reason = f"has --{name.replace('_', '-')} {older[name]}, not {settings[name]}"
             raise UsageError(f"--resume: the run in {directory} {reason}")
-    return Run(directory, settings)
+    return Run(directory, settings, updates_made(directory))
 
 
 # ------------------------------------------------------------------------ a trained model
@@ -620,8 +621,8 @@ def restore(model, sess, path):
     ValueError, if there is no checkpoint, or if it is damaged or of another network; then no
     variable has changed.
     """
-    name = tf.train.latest_checkpoint(path) or str(path)
-    if not os.path.exists(f"{name}.index"):
+    name = tf.train.latest_checkpoint(path) if os.path.isdir(path) else str(path)
+    if name is None or not os.path.exists(f"{name}.index"):
         raise UsageError(f"{path}: expected a checkpoint, found none")
     try:
         shapes = tf.train.load_checkpoint(name).get_variable_to_shape_map()
@@ -658,7 +659,7 @@ def trained(directory="outputs"):
     with tf.Graph().as_default():
         model = VAE() if settings is None else new_model(settings)
         folder = directory if settings is None else directory / "checkpoints"
-        with session() as sess:  # its threads suit any model
+        with session() as sess:  # for any number of shards, since no updates are made
             restore(model, sess, folder)
             yield model, sess
 
@@ -667,17 +668,23 @@ def trained(directory="outputs"):
 def grid_codes(reach, step):
     """Return the codes of a grid over [-reach, reach]^2, (N, K), the top row first."""
     axis = np.linspace(-reach, reach, round(2 * reach / step) + 1)
-    return np.stack(np.meshgrid(axis, axis[::-1]), axis=-1).reshape(-1, LATENT)
+    z0, z1 = np.meshgrid(axis, axis[::-1])
+    return np.stack([z0.ravel(), z1.ravel()], axis=1)
+
+
+def in_groups(array, size):
+    """Split an array into groups of at most so many rows, which take little memory."""
+    return [array[first : first + size] for first in range(0, len(array), size)]
 
 
 def joint_terms(model, sess, codes):
-    """Go through codes, (N, K), in groups; yield the two terms of log p(x, z) for each group.
+    """Yield what log p(x, z) is made of, for groups of n codes: logits, (n, D), offset, (n,).
 
     Since log p(x | z) = -RecLoss = x . logits - sum softplus(logits), we have
         log p(x, z) = x . logits + offset,  offset = log p(z) - sum softplus(logits).
-    Yielded are logits, (n, D), and offset, (n,), of n codes.
+    The offset is all that does not depend on x.
     """
-    for z in np.array_split(codes, 1 + len(codes) // 400):  # 400 at a time take little memory
+    for z in in_groups(codes, 400):
         logits = sess.run(model.logits, {model.z: z})
         log_pz = -np.sum(z**2, axis=1) / 2 - np.log(2 * np.pi)  # of N(0, I)
         softplus = np.logaddexp(0, logits)  # log(e^0 + e^l)
@@ -693,7 +700,7 @@ def log_likelihood(model, sess, x, reach, step):
     """
     codes = grid_codes(reach, step)
     codes = codes[np.sum(codes**2, axis=1) <= reach**2]  # a disc, since p(z) is round
-    log_sum = np.full(len(x), -np.inf)
+    log_sum = np.full(len(x), -np.inf)  # of the codes so far, for each image
     for logits, offset in joint_terms(model, sess, codes):
         offset = offset[:, np.newaxis].astype(np.float32)  # as x and logits, for less time
         log_joint = logits @ x.T + offset  # log p(x, z), (n, N)
@@ -714,8 +721,8 @@ def evaluate(model, sess, images, seed=0, samples=20, reach=5.5, step=0.05):
         codes, good to 1e-3 nats in the mean after 5,000 iterations.
     "KL(q || p)": -ELBO - NLL, the divergence of q(z | x), the encoder's Gaussian, from the
         exact posterior p(z | x) = p(x, z) / p(x).
-    p(x | z) is exp(-RecLoss) here. For grey pixels that is not normalized, so figures of other
-    images, such as binarized ones, do not compare.
+    With grey pixels, p(x | z) = exp(-RecLoss) is not normalized: compare only models of the same
+    images.
     """
     x = scale(images)
     rng = np.random.default_rng(seed)
@@ -739,11 +746,9 @@ def evaluate(model, sess, images, seed=0, samples=20, reach=5.5, step=0.05):
 # data/explore.html is the page's template. In the browser, it decodes the code under the mouse,
 # encodes the image that is picked or drawn, and computes the exact posterior p(z | x) on a grid
 # of codes. `page_numbers` lists what it reads, and what for.
-NUMBERS_HERE = b">NUMBERS_HERE<"  # the content of the template's element for the numbers
+NUMBERS_HERE = b">NUMBERS_HERE<"  # where the template has an element for them
 PAGE_REACH = 4.5  # of the page's grid; nearly all test images have their codes within it
 PAGE_STEP = 0.075  # 121 x 121 codes, which take a browser two seconds
-# Of MNIST's training images, as `opened_run` computes it:
-MNIST_SHA256 = "741c988805d008ac6e4c904b69001ba184c24b2c540a4ef403f4c71b676cf757"
 # Ten colours that colour-blind people can tell apart. Seven are Petroff's (arXiv:2107.02270);
 # his other three are hard to see on black, or beside the page's yellow glow.
 COLOURS = [
@@ -785,37 +790,39 @@ def page_layers(layers, sess):
 
 def page_numbers(model, sess, test, run):
     """Return the numbers of a run that the page needs, by name; arrays `as_text`."""
-    images, labels = (part[:10000] for part in test)  # more would make a large page
+    images = test[0][:10000]  # more would make a large page
+    labels = test[1][:10000]
     codes = []
     losses = []
-    for part in np.array_split(images, 100):  # 100 at a time take little memory
+    for part in in_groups(images, 100):
         x = scale(part)
         fetches = [model.mu, model.rec_losses, model.klds]
         mu, rec_losses, klds = sess.run(fetches, {model.x: x})
         codes.append(mu)
         losses.append(rec_losses + klds)
-    shown = [np.flatnonzero(labels == label)[:2] for label in ten_classes(labels)]
-    shown = np.concatenate(shown)  # the places of two images a label
+    places = [np.flatnonzero(labels == label)[:2] for label in ten_classes(labels)]
+    shown = np.concatenate(places)  # of two images a label
+    # Picked first is the one whose exact posterior is least like the encoder's Gaussian.
     measured = evaluate(model, sess, images[shown], reach=PAGE_REACH, step=PAGE_STEP)
-    is_mnist = run.settings["images_sha256"] == MNIST_SHA256
+    picked = np.argmax(measured["KL(q || p)"])
     grid = grid_codes(PAGE_REACH, PAGE_STEP)
     offsets = [offset for _, offset in joint_terms(model, sess, grid)]
     return {
         "run": run.title,  # the window's title
-        "kind": "digit" if is_mnist else "image",  # what the page calls an image
+        "kind": "image" if run.settings["data"] else "digit",  # what it calls an image
         # the network, float32
-        "encoder": page_layers(model.encoder, sess),
-        "decoder": page_layers(model.decoder, sess),
+        "encoder": page_layers(model.encoder_layers, sess),
+        "decoder": page_layers(model.decoder_layers, sess),
         # dots on the map: mu of the test images, float32 (N, 2), their labels and colours
         "codes": as_text(np.concatenate(codes)),
         "labels": labels.tolist(),
         "colours": label_colours(labels),
-        # test images to pick from, uint8 (20, 28, 28), and their labels. Picked first is the
-        # one whose exact posterior is least like the encoder's Gaussian: it shows most.
+        # test images to pick from, uint8, (20, 28, 28) of MNIST, and their labels
         "images": as_text(images[shown]),
         "shown": labels[shown].tolist(),
-        "picked": int(np.argmax(measured["KL(q || p)"])),
-        # the grid of the exact posterior, n x n codes, and the offsets of `joint_terms`, float32
+        "picked": int(picked),
+        # the codes on which the page computes the exact posterior, n x n, and log p(x, z) of each
+        # without x . logits, which the page adds, float32
         "grid": {"n": round(len(grid) ** 0.5), "reach": PAGE_REACH},
         "offset": as_text(np.concatenate(offsets).astype(np.float32)),
         # what 5, 50 and 95 % of the test images have less than: a scale for a loss
@@ -865,7 +872,8 @@ def draw_sheet(axes, model, sess, test, mu, rec_loss):
     axes.imshow(sheet, cmap="Greys_r", vmin=0, vmax=1)
     axes.set(title=f"Images over reconstructions:\nRecLoss {rec_loss:.2f}", anchor="N")
     axes.set(ylabel="label", xticks=[])
-    axes.set_yticks(np.arange(len(classes)) * 2 * SIDE + SIDE - 0.5, classes)
+    between = np.arange(len(classes)) * 2 * SIDE + SIDE - 0.5  # images and reconstructions
+    axes.set_yticks(between, classes)
 
 
 def draw_losses(axes, path):
@@ -874,10 +882,9 @@ def draw_losses(axes, path):
     last = f"KLD {kld[-1]:.2f}, RecLoss {rec_loss[-1]:.2f}"
     axes.set(title=f"Losses of a batch; in iteration {iterations[-1]:,.0f}: {last}")
     axes.set(xlabel=f"iteration; RecLoss begins at {rec_loss[0]:.2f}")
-    blue = COLOURS[0]
-    red = COLOURS[8]
-    curves = [("RecLoss", rec_loss, blue, axes), ("KLD", kld, red, axes.twinx())]
-    for name, values, colour, side in curves:
+    left = ("RecLoss", rec_loss, "tab:blue", axes)
+    right = ("KLD", kld, "tab:red", axes.twinx())
+    for name, values, colour, side in (left, right):
         side.plot(iterations, values, color=colour, linewidth=1)
         side.set_ylabel(name, color=colour)
         settled = values[len(values) // 20 :]  # the first would squeeze the rest
@@ -886,14 +893,14 @@ def draw_losses(axes, path):
 
 
 @matplotlib.style.context("default")
-def draw_report(model, sess, test, run, means):
+def draw_report(model, sess, test, run, metrics):
     """Draw report.png: codes and reconstructions of the test set, losses of the run."""
     mu, _ = model.encode(scale(test[0]), sess)
     fig = matplotlib.figure.Figure(figsize=(9, 8.8), dpi=150, layout="constrained")
-    fig.suptitle(f"{run.title}: NLL {means['NLL']:.2f} nats an image")
+    fig.suptitle(f"{run.title}: NLL {metrics['NLL']['mean']:.2f} nats an image")
     panels = fig.subplot_mosaic("AB;CC", width_ratios=(2, 1), height_ratios=(2, 1))
-    draw_codes(panels["A"], mu, test[1], means["KLD"])
-    draw_sheet(panels["B"], model, sess, test, mu, means["RecLoss"])
+    draw_codes(panels["A"], mu, test[1], metrics["KLD"]["mean"])
+    draw_sheet(panels["B"], model, sess, test, mu, metrics["RecLoss"]["mean"])
     draw_losses(panels["C"], run.log_path)
     with replacing(run.directory / "report.png") as temporary:
         fig.savefig(temporary)
@@ -902,19 +909,18 @@ def draw_report(model, sess, test, run, means):
 def report(model, sess, test, run):
     """Measure the test set: print means, write metrics.json, draw report.png."""
     print(f"On {len(test[0]):,} test images, nats an image (standard error):", flush=True)
-    means = {}
     metrics = {}
     for name, values in evaluate(model, sess, test[0]).items():
-        means[name] = np.mean(values)
-        if not np.isfinite(means[name]):
-            raise FloatingPointError(f"{name} is {means[name]}; try a lower --learning-rate")
+        mean = np.mean(values)
+        if not np.isfinite(mean):
+            raise FloatingPointError(f"{name} is {mean}; try a lower --learning-rate")
         error = np.std(values) / len(values) ** 0.5
-        metrics[name] = {"mean": means[name], "standard_error": error}
-        print(f"{name:10} {means[name]:8.2f} ({error:.2f})", flush=True)
+        metrics[name] = {"mean": mean, "standard_error": error}
+        print(f"{name:10} {mean:8.2f} ({error:.2f})", flush=True)
     content = {"settings": run.settings, "iteration": run.made, "metrics": metrics}
     with replacing(run.directory / "metrics.json") as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n")
-    draw_report(model, sess, test, run, means)
+    draw_report(model, sess, test, run, metrics)
     path = run.directory / "report.png"
     print(f"They are in metrics.json, too; pictures in {path}", flush=True)
 
@@ -959,7 +965,8 @@ def make_parser():
     """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         "vae_mnist.py",
-        usage=argparse.SUPPRESS,  # so that an error is one line
+        usage=argparse.SUPPRESS,  # so that an error is one line; --help lists the options
+        allow_abbrev=False,
         description="Train the VAE of Nate Merrill's 2019 tutorial on MNIST.",
     )
     option = parser.add_argument
@@ -1006,37 +1013,36 @@ def fail(error, status):
 def opened_run(args):
     """Yield a run, begun or resumed as the arguments say and locked, and its data."""
     directory = args.output_dir
-    # The settings that are given: options, and the images by their hash.
-    given = {name: vars(args)[name] for name in DEFAULTS if vars(args)[name] is not None}
+    older = None if args.overwrite else read_settings(directory)
+    is_resumed = args.resume and older is not None
     data = args.data
-    if args.resume and data is None:
-        older = read_settings(directory) or DEFAULTS
+    if is_resumed and data is None:
         data = older["data"]
     (x_train, _), test = load_mnist(data)
+    # The settings that are given: options, and the images by their hash.
+    given = {name: vars(args)[name] for name in DEFAULTS if vars(args)[name] is not None}
     given["images_sha256"] = hashlib.sha256(x_train).hexdigest()
     try:
         (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--output-dir: {error}") from error
     with locked(directory):
-        if args.resume and read_settings(directory) is not None:
-            run = resume_run(directory, given)
-        else:
-            run = begin_run(directory, given, args.overwrite)
-        yield run, x_train, test
+        start = resume_run if is_resumed else begin_run
+        yield start(directory, older, given), x_train, test
 
 
 def main(argv=None):
     """Do what the command line says, or a list of its words; return the exit status.
 
     It is 0, or 130 after Ctrl-C. Raises SystemExit: with status 2 after a UsageError, before
-    any file is changed; with status 1 after a fault in a run.
+    any file of a run is changed; with status 1 after a fault in a run.
     """
     words = sys.argv[1:] if argv is None else argv
     args = make_parser().parse_args(words)
     try:
         with opened_run(args) as (run, x_train, test):
             train_and_draw(run, x_train, test, args)
+        return 0
     except KeyboardInterrupt:
         again = [word for word in words if word not in ("--overwrite", "--resume")]
         command = shlex.join(["python", "vae_mnist.py", *again, "--resume"])
@@ -1046,7 +1052,6 @@ def main(argv=None):
         fail(error, status=2)
     except (OSError, MemoryError, FloatingPointError, tf.errors.OpError) as error:
         fail(error, status=1)
-    return 0
 
 
 if __name__ == "__main__":
