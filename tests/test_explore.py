@@ -21,7 +21,7 @@ from selenium.webdriver.common.keys import Keys
 import vae_mnist
 
 pytestmark = pytest.mark.slow
-FRAME = vae_mnist.HERE / "data" / "explore.html"
+FRAME = vae_mnist.DATA / "explore.html"
 STROKE = "30 25 45 15 60 20 65 32 55 42 45 46 58 50 68 62 62 78 45 85 30 78"  # a three, in %
 STROKE = np.array(STROKE.split(), float).reshape(-1, 2) / 100
 LOSSES_WITHIN = [0.03, 0.0051, 0.03, 0.1]
@@ -595,8 +595,8 @@ def test_page_of_images_with_many_labels(blank, network, mnist, tmp_path):
     _, model, sess, _ = network
     images, labels = mnist[1]
     labels = labels + 10 * (np.arange(len(labels)) % 3)
-    settings = {"decoder": "mirrored", "seed": 3, "data": "sha256:another"}
-    run = vae_mnist.Run(tmp_path, settings, "", 1000, made=1000)
+    settings = {"decoder": "mirrored", "seed": 3, "data": "other.npz", "iterations": 1000}
+    run = vae_mnist.Run(tmp_path, settings, made=1000)
     blank.open(vae_mnist.explore(model, sess, (images, labels), run), until="!state.asked")
     assert blank.browser.title == "vae_mnist: mirrored decoder, 1,000 iterations, seed 3"
     blank.find("[value=codes]")[0].click()
@@ -641,8 +641,8 @@ def test_page_asks_nobody_for_anything_and_is_printed_on_one_sheet(blank):
 
 
 def test_without_the_frame_there_is_a_picture_and_no_page(tmp_path, monkeypatch, capsys):
-    data = vae_mnist.HERE / "data" / "mnist.npz"
-    monkeypatch.setattr(vae_mnist, "HERE", tmp_path)
+    data = vae_mnist.DATA / "mnist.npz"
+    monkeypatch.setattr(vae_mnist, "DATA", tmp_path)
     options = ["--iterations", "3", "--data", str(data), "--output-dir", str(tmp_path / "run")]
     assert vae_mnist.main(options) == 0
     assert not (tmp_path / "run" / "explore.html").exists()

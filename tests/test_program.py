@@ -11,11 +11,11 @@ from functools import partial
 
 import pytest
 from processes import ROOT
-from runs import DATA, SHORT, Forked, main, program, stopped
+from runs import SHORT, Forked, main, own_lines, program, stopped
 
 import vae_mnist
 
-FILES = ["checkpoint", "explore.html", "latent.png", "log.csv"]
+FILES = ["checkpoints", "explore.html", "latent.png", "log.csv"]
 
 
 @pytest.mark.slow
@@ -37,7 +37,7 @@ def test_run_prints_its_losses_alone_and_a_live_line_on_a_terminal(tmp_path):
     out, _ = on_terminal.communicate(timeout=60)
     assert re.search(rb"\d+%, \d+ iterations/s, \d+ s left", shown)
     assert shown.endswith(b"\r\x1b[K")  # nothing of it is left behind
-    assert done.stderr == ""  # no live line, and no word of TensorFlow's
+    assert own_lines(done.stderr) == []  # no live line, and no warning
     lines = done.stdout.splitlines()
     assert out.splitlines()[:4] == lines[:4]
     for i, line in zip((0, 100, 200, 300), lines):
@@ -60,17 +60,18 @@ def test_few_iterations_lower_the_losses(tmp_path, capsys):
 
 
 BAD_OPTIONS = [
-    ("--iterations", "0", "whole number from 1 to 2147483647"),
-    ("--iterations", "99999999999999999999", "whole number from 1"),
-    ("--batch-size", "²", "whole number from 1"),
-    ("--seed", "-1", "from 0"),
-    ("--learning-rate", "nan", "above 0"),
-    ("--learning-rate", "1e-60", "above 0"),
-    ("--learning-rate", "fast", "above 0"),
+    ("--iterations", "0", "expected int from 1 to 2147483647"),
+    ("--iterations", "9" * 5000, "expected int from 1"),
+    ("--batch-size", "²", "expected int from 1"),
+    ("--seed", "-1", "expected int from 0"),
+    ("--learning-rate", "nan", "expected float from 1e-30 to 1e+30"),
+    ("--learning-rate", "1e-60", "expected float"),
+    ("--learning-rate", "fast", "expected float"),
     ("--decoder", "large", "mirrored"),
-    ("--shards", "65", "from 1 to 64"),
-    ("--output-dir", "out\udcff", "a name in UTF-8"),
-    ("--output-dir", "lr=[1]", "no * ? ["),  # TensorFlow would look for what this matches
+    ("--shards", "65", "expected int from 1 to 64"),
+    ("--output-dir", "lr=[1]", "without * ? ["),  # TensorFlow would look for what this matches
+    ("--output-dir", "gs://bucket/run", "a directory on this machine"),
+    ("--output-dir", "s3://bucket/run", "a directory on this machine"),
 ]
 
 
@@ -78,7 +79,7 @@ def test_wrong_options_are_refused_in_one_line(tmp_path, capsys):
     for option, value, expected in BAD_OPTIONS:
         err = stopped(capsys, 2, tmp_path / "out", option + "=" + value)
         assert option in err and expected in err and repr(value) in err
-    for words in (["--epochs", "3"], ["data.npz"], ["--data"], ["--two\nlines"]):
+    for words in (["--epochs", "3"], ["data.npz"], ["--data"], ["--over"]):
         stopped(capsys, 2, tmp_path / "out", *words)
     (tmp_path / "file").write_text("mine")
     for path in (tmp_path / "file", tmp_path / "file" / "below", "/proc/1"):
@@ -86,19 +87,22 @@ def test_wrong_options_are_refused_in_one_line(tmp_path, capsys):
     assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
 
 
+def test_output_directory_may_be_below_the_users_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert vae_mnist.main([*SHORT, "--output-dir", "~/runs/a"]) == 0
+    assert (tmp_path / "runs" / "a" / "latent.png").exists()
+
+
 @pytest.mark.slow
-def test_process_says_in_one_line_what_is_wrong(tmp_path):
-    """A name that is no text, and a batch beyond the memory that it may have."""
-    status, err = Forked(tmp_path / "out", "--data", "\udcff").end()  # the byte 255
-    assert (status, err) == (2, "vae_mnist.py: error: \\udcff: No such file or directory\n")
-    assert not (tmp_path / "out").exists()
+def test_batch_beyond_the_memory_is_one_line(tmp_path):
     bound = partial(resource.setrlimit, resource.RLIMIT_AS, (2**34, 2**34))
     status, err = Forked(tmp_path / "out", "--batch-size", 2**31 - 1, first=[bound]).end()
-    assert status == 1 and err.count("\n") == 1
-    assert "no memory, with batches of 2147483647 images" in err
+    assert status == 1 and err.count("\n") == 1 and "Unable to allocate" in err
 
 
-def test_standard_output_that_cannot_be_written_is_named(tmp_path, monkeypatch, capsys):
+def test_standard_output_that_cannot_be_written_is_a_fault_in_one_line(
+    tmp_path, monkeypatch, capsys
+):
     ours, theirs = os.pipe()
     os.close(ours)  # as `| head -n 1` does after a line
     for where, reason in (("/dev/full", "No space left on device"), (theirs, "Broken pipe")):
@@ -107,31 +111,25 @@ def test_standard_output_that_cannot_be_written_is_named(tmp_path, monkeypatch, 
             patch.setattr(sys, "stdout", out)
             assert main(tmp_path) == 1
         err = capsys.readouterr().err
-        assert err == f"vae_mnist.py: error: standard output: {reason}\n"
+        assert err.startswith("vae_mnist.py: error: ") and reason in err and err.count("\n") == 1
         with pytest.raises(OSError):  # the same line, once more
             out.close()
 
 
 @pytest.mark.slow
-def test_run_needs_no_standard_streams(tmp_path):
-    processes = []
-    for name, closed in (("out", ">&-"), ("err", "2>&-")):
-        command = " ".join([*program(*SHORT, "--output-dir", tmp_path / name), closed])
-        how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        processes.append(subprocess.Popen(["bash", "-c", command], **how))
-    (no_out, err), (out, no_err) = [process.communicate(timeout=60) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0]
-    assert no_out == err == no_err == "" and "latent.png" in out
-    for name in ("out", "err"):
-        assert sorted(path.name for path in (tmp_path / name).iterdir()) == FILES
+def test_run_needs_no_standard_output(tmp_path):
+    command = " ".join([*program(*SHORT, "--output-dir", tmp_path), ">&-"])
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert own_lines(done.stderr) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == FILES
 
 
 def test_help_gives_the_options_and_their_defaults(tmp_path, capsys):
     assert main(tmp_path, "--help") == 0
     text = " ".join(capsys.readouterr().out.split())
     defaults = {"data": "data/mnist.npz", "output-dir": "outputs", "iterations": 5000, "seed": 0}
-    defaults |= {"batch-size": 256, "learning-rate": 0.001, "decoder": "tutorial", "show": False}
-    defaults |= {"log-every": 100, "checkpoint-every": 500, "shards": "as suits the machine"}
+    defaults |= {"batch-size": 256, "learning-rate": 0.001, "decoder": "tutorial"}
+    defaults |= {"log-every": 100, "checkpoint-every": 500, "shards": 2}
     for option, default in defaults.items():
         assert re.search(rf"--{option} [^()]*\(default: {default}\)", text), option
 
@@ -140,11 +138,10 @@ BEFORE_THE_MAIN_BLOCK = """
 import os
 import numpy as np
 import tensorflow.compat.v1 as tf
-before = dict(os.environ)
 import vae_mnist
 from vae_mnist import VAE, display_manifold
 # Importing writes, builds and switches nothing.
-assert os.listdir() == [] and dict(os.environ) == before
+assert os.listdir() == []
 assert tf.executing_eagerly() and not tf.get_default_graph().get_operations()
 class mnist: load_data = vae_mnist.load_mnist
 tf.disable_eager_execution()
@@ -169,11 +166,10 @@ def test_main_block_of_the_tutorial_runs_as_it_stands(tmp_path):
 
 
 BEFORE_A_RUN = """
-import os, signal, sys, warnings
+import signal, sys, warnings
 
 def found():
-    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    return sys.stdout, sys.stderr, dict(os.environ), handlers
+    return sys.stdout, sys.stderr, signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
 before = found()
 """
 AFTER_IT = """
@@ -188,16 +184,16 @@ except KeyboardInterrupt:
 
 @pytest.mark.slow
 def test_notebook_runs_it_again_and_again_and_keeps_what_is_its_own(tmp_path):
-    """As README says: %run, and the module's text in a cell."""
+    """As README says: %run, and ! with the notebook's own MPLBACKEND."""
     pytest.importorskip("ipykernel", reason="no kernel")
     nbclient = pytest.importorskip("nbclient", reason="nothing to run a notebook with")
     nbformat = pytest.importorskip("nbformat")
-    text = (ROOT / "vae_mnist.py").read_text()
-    text = text.replace("ITERATIONS = 5000", "ITERATIONS = 4")
-    text = text.replace('DATA = "data/mnist.npz"', f"DATA = {str(DATA)!r}")
-    magic = f"%run {ROOT / 'vae_mnist.py'} {' '.join(SHORT)}"
+    path = ROOT / "vae_mnist.py"
+    magic = f"%run {path} {' '.join(SHORT)}"
+    shell = f"!{sys.executable} {path} {' '.join(SHORT)}"
     cells = [
-        nbformat.v4.new_code_cell(code) for code in (BEFORE_A_RUN, magic, AFTER_IT, text, AFTER_IT)
+        nbformat.v4.new_code_cell(code)
+        for code in (BEFORE_A_RUN, magic, AFTER_IT, magic, shell, AFTER_IT)
     ]
     notebook = nbformat.v4.new_notebook(cells=cells)
     resources = {"metadata": {"path": str(tmp_path)}}
@@ -205,13 +201,14 @@ def test_notebook_runs_it_again_and_again_and_keeps_what_is_its_own(tmp_path):
         notebook, timeout=120, kernel_name="python3", resources=resources
     ).execute()
     said = ["".join(output.text for output in cell.outputs) for cell in cells]
-    for i in (1, 3):
-        assert "Iteration 0: KLD = 0.2" in said[i] and "codes is in outputs/latent.png" in said[i]
-        assert "still seen" in said[i + 1] and "interrupted" in said[i + 1]
-    assert said[3].startswith("Replacing the finished run")
+    for i in (1, 3, 4):
+        assert "Iteration 0: KLD = 0." in said[i] and "codes is in outputs/latent.png" in said[i]
+    for i in (2, 5):
+        assert "still seen" in said[i] and "interrupted" in said[i]
+    assert "Replacing the finished run" in said[3] and "Replacing the finished run" in said[4]
 
 
-def test_thread_runs_it_without_taking_signals(tmp_path):
+def test_thread_runs_it(tmp_path):
     results = []
     thread = threading.Thread(target=lambda: results.append(main(tmp_path)))
     thread.start()
