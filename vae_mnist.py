@@ -36,37 +36,31 @@ from base64 import b64encode
 from contextlib import contextmanager
 from pathlib import Path
 
-# TensorFlow reads this when it is loaded: its C++ code shall print less.
+# TensorFlow reads this when it is loaded. 3 hides the messages of its C++ code; errors still
+# arrive as exceptions.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-# Started from a notebook, we inherit its MPLBACKEND, module://..., which may not be installed
-# here. Then `import matplotlib` would fail; if it is imported already, it did not.
+# A notebook sets MPLBACKEND=module://... for the programs that it starts. If that module is not
+# installed here, `import matplotlib` fails. So drop it, unless matplotlib is imported already.
 if "matplotlib" not in sys.modules and os.environ.get("MPLBACKEND", "").startswith("module://"):
     del os.environ["MPLBACKEND"]
 
 import matplotlib.figure  # not pyplot, which looks for a display
 import matplotlib.style
 import numpy as np
-import tensorflow.compat.v1 as tf  # as TensorFlow 1 was, within `with tf.Graph()`
+import tensorflow.compat.v1 as tf  # TensorFlow 1's functions; they work in `with tf.Graph()`
 
 SIDE = 28  # pixels along an edge of an image
 PIXELS = SIDE * SIDE  # D
 LATENT = 2  # K; the pictures and the integral in `evaluate` need the codes to lie in a plane
-# Of each network: the units of its layers with ELU, then those of its layers without. (The sigmoid
-# comes after the last one.) "tutorial" is what the tutorial lists; "mirrored" is the encoder
-# backwards, as one may read its text, which says that the layers "upscale".
+# Each network is a pair: the units of its layers with ELU, and those of the linear layers after
+# them. (The decoder's sigmoid comes later.) "tutorial" is what the tutorial lists; "mirrored" is
+# the encoder backwards, as one may read its text, which says that the layers "upscale".
 ENCODER = ([256, 128, 64], [2 * LATENT])
-DECODERS = {
-    "tutorial": ([256, 128, 64], [4, PIXELS]),
-    "mirrored": ([64, 128, 256], [PIXELS]),
-}
+DECODERS = {"tutorial": ([256, 128, 64], [4, PIXELS]), "mirrored": ([64, 128, 256], [PIXELS])}
 BATCH_SIZE = 256  # images an iteration
 LEARNING_RATE = 0.001  # Adam's own default
-SHARDS = 2  # each batch is computed in two halves, in two threads: see `fast_update`
+SHARDS = 2  # parts of a batch that are computed at the same time, for speed: see `fast_update`
 DATA = Path(__file__).resolve().parent / "data"  # has mnist.npz, and the page's template
-
-
-class UsageError(ValueError):
-    """What the user gave is wrong: an option, a file of data, a directory or a checkpoint."""
 
 
 # ---------------------------------------------------------------------------------- model
@@ -74,7 +68,8 @@ class Dense:
     """A fully connected layer, as `tf.layers.dense` made it; TensorFlow 2.16 removed that.
 
     Its weights are made here, once, and used in every call. They have the names that
-    `tf.layers.dense` gave them, so that a checkpoint of the tutorial's model can be loaded.
+    `tf.layers.dense` gave them, so that `trained` can open a checkpoint that was saved from
+    the tutorial's own program.
     """
 
     def __init__(self, input_units, units, activation=None):
@@ -128,8 +123,8 @@ class VAE:
 
         # Input data Tensor
         self.x = tf.placeholder(tf.float32, [None, PIXELS], name="x")  # (B, D) in [0, 1]
-        # epsilon is a sample from a N(0, 1) distribution. "Stateless": it depends on nothing but
-        # seed and iteration, which are read at every run. So a resumed run goes on exactly.
+        # epsilon is a sample from a N(0, 1) distribution. Seed and iteration decide it: each update
+        # has other noise, and the same update has the same noise when a run is resumed.
         shape = [tf.shape(self.x)[0], LATENT]
         self.eps = tf.random.stateless_normal(shape, seed=[seed, self.iteration])
         self.mu, self.log_sig_sq, self.z, self.logits = self.forward(self.x, self.eps)
@@ -150,14 +145,14 @@ class VAE:
             self.kld = tf.reduce_mean(self.klds)
             self.loss = self.kld + self.rec_loss
 
-        # The tutorial's text leaves out `step` and the optimizer, Adam with its defaults. Here
-        # `fast_update` makes the same update as
-        #     self.opt = adam.minimize(self.loss, self.iteration)
-        # in 0.6 of the time. But it does not look at self.loss: it has the derivatives written
-        # down. So if you change the losses, use `minimize`.
+        # The tutorial's text leaves out `step` and the optimizer, which is Adam with its defaults:
+        #     self.opt = adam.minimize(self.loss, global_step=self.iteration)
+        # `fast_update`, beyond the tutorial, makes the same update in 0.6 of the time. But it
+        # has the derivatives of the losses written down: if you change a loss, use `minimize`.
         adam = tf.train.AdamOptimizer(learning_rate)
         self.opt = fast_update(self, adam, shards)
-        self.variables = [self.iteration, *self.weights, *adam.variables()]  # made by now
+        # Adam's own variables exist now, since its update does.
+        self.variables = [self.iteration, *self.weights, *adam.variables()]
         self.saver = tf.train.Saver(self.variables)
 
     def forward(self, x, eps):
@@ -180,8 +175,8 @@ class VAE:
 
     def step(self, batch, sess):
         """Make one update on a batch, (B, D) in [0, 1]; return kld, rec_loss before it."""
-        # Two calls: in one, the losses might be computed from weights that are new already.
-        # Both have the same noise, since `iteration` changes only with the update.
+        # Two calls: within one, TensorFlow may read the weights before or after they change.
+        # Both have the same noise, since only the update changes `iteration`.
         kld, rec_loss = sess.run([self.kld, self.rec_loss], {self.x: batch})
         sess.run(self.opt, {self.x: batch})
         return float(kld), float(rec_loss)
@@ -198,13 +193,12 @@ class VAE:
 
 
 # -------------------------------------------------------------------------------- picture
-@matplotlib.style.context("default")  # whatever the user's own settings of matplotlib are
+@matplotlib.style.context("default")  # as a decorator; it ignores the user's matplotlibrc
 def display_manifold(model, sess, path="latent.png"):
     """Draw 30 x 30 images, decoded over [-2, 2] in both latent dimensions, into a file.
 
-    The ending of `path` decides the format. In a PNG file each decoded pixel is one pixel.
-    Returns all images as one, float32 (840, 840) in [0, 1]; z[0] grows to the right and z[1]
-    upwards.
+    The ending of `path` is the format; in a PNG file each decoded pixel is one pixel. Returns all
+    images as one, float32 (840, 840) in [0, 1]: z[0] grows to the right and z[1] upwards.
     """
     n = 30
     size = n * SIDE
@@ -218,8 +212,9 @@ def display_manifold(model, sess, path="latent.png"):
     fig = matplotlib.figure.Figure(figsize=(10, 10), dpi=100)  # 1,000 x 1,000 pixels
     # The images as they are, 80 pixels from left and bottom; imshow would resample them.
     fig.figimage(figure, 80, 80, cmap="Greys_r", vmin=0, vmax=1)
-    axes = fig.add_axes((0.08, 0.08, 0.84, 0.84), frame_on=False)  # 840 x 840 pixels, there
-    edge = 2 + 0.5 * 4 / (n - 1)  # half a step beyond 2: each image has its code in the middle
+    axes = fig.add_axes((0.08, 0.08, 0.84, 0.84), frame_on=False)  # over these 840 x 840 pixels
+    step = 4 / (n - 1)
+    edge = 2 + step / 2  # the outermost images have their middle at 2
     axes.set(xlim=(-edge, edge), ylim=(-edge, edge))
     axes.set(xticks=np.linspace(-2, 2, 9), yticks=np.linspace(-2, 2, 9))
     axes.set(xlabel="z[0]", ylabel="z[1]")
@@ -239,7 +234,7 @@ def load_mnist(path=None):
     file may have images (N, 784) or (N, 28, 28, 1), of any integer type, and labels (N, 1) or
     none: then all are 0. Raises UsageError, a ValueError, for any other or no file.
     """
-    file = path or DATA / "mnist.npz"
+    file = DATA / "mnist.npz" if path is None else Path(path)
     try:
         if path is None and not file.exists():
             return tf.keras.datasets.mnist.load_data()
@@ -264,7 +259,7 @@ def read_part(archive, part):
         raise ValueError(f"x_{part} is {images.dtype} {images.shape}; {expected}")
     low = images.min()
     high = images.max()
-    if low < 0 or high > 255 or high < 2:  # a highest of 1: black and white, or scaled
+    if low < 0 or high > 255 or high < 2:  # 0 and 1: black and white, or scaled
         found = f"x_{part} has values from {low} to {high}"
         raise ValueError(f"{found}; expected grey from 0 to 255")
     images = np.ascontiguousarray(images.reshape(-1, SIDE, SIDE), np.uint8)
@@ -302,7 +297,7 @@ def random_batches(x_train, batch_size=BATCH_SIZE, seed=0, first=0):
 # ------------------------------------------------------------------------------- training
 def progress(first, last):
     """Yield the numbers of range(first, last); show on a terminal how long it takes."""
-    on_terminal = sys.stderr is not None and sys.stderr.isatty()  # None: it is closed
+    on_terminal = sys.stderr is not None and sys.stderr.isatty()  # None if closed
     erase_line = "\033[K"  # a terminal's code: erase what follows in the line
     start = time.monotonic()
     shown = start
@@ -313,6 +308,7 @@ def progress(first, last):
             shown = now
             speed = (i + 1 - first) / (now - start)
             left = (last - i - 1) / speed
+            # \r goes back to the beginning of the line, for whatever is printed next.
             text = f"{(i + 1) / last:4.0%}, {speed:.0f} iterations/s, {left:.0f} s left"
             print(f"{erase_line}{text}\r", end="", file=sys.stderr, flush=True)
     if on_terminal:
@@ -322,13 +318,15 @@ def progress(first, last):
 def train(model, sess, x_train, run, log_every, checkpoint_every):
     """Make the updates that a run still lacks, as the loop of the tutorial's main block does.
 
-    `run`, of the class Run below, knows its settings and how many updates are made and
-    wanted. run.log adds a line to log.csv, and run.save saves a checkpoint. If the losses are
-    not finite, both raise FloatingPointError.
+    `run` is a `Run`, a class of the second half. run.settings is a dictionary with the names of
+    DEFAULTS; run.made is the number of updates made, run.wanted that of updates wanted. run.log
+    adds a line to log.csv, and run.save saves a checkpoint. Both raise FloatingPointError if the
+    losses are not finite.
     """
     settings = run.settings
     batches = random_batches(x_train, settings["batch_size"], settings["seed"], run.made)
-    for i, x_batch in zip(progress(run.made, run.wanted), batches):
+    for i in progress(run.made, run.wanted):
+        x_batch = next(batches)
         if i % log_every == 0:
             kld, rec_loss = model.step(x_batch, sess)
             run.log(i, kld, rec_loss)
@@ -337,32 +335,32 @@ def train(model, sess, x_train, run, log_every, checkpoint_every):
             sess.run(model.opt, {model.x: x_batch})
         run.made = i + 1
         if run.made % checkpoint_every == 0 or run.made == run.wanted:
-            run.save(model, sess, x_batch)  # with the batch, to see that its losses are finite
+            run.save(model, sess, x_batch)  # if x_batch has finite losses
 
 
 def train_and_draw(run, x_train, test, args):
     """Do what the tutorial's main block does, and what the options in `args` add.
 
-    `main` has loaded the data: x_train, and `test`, images and labels. Functions that you have
-    not met are in the second half.
+    `main` has loaded x_train, images, and test, a pair of images and labels. The functions that
+    you have not met are in the second half.
     """
-    with tf.Graph().as_default(), session(run.settings["shards"]) as sess:
-        model = new_model(run.settings)
+    with tf.Graph().as_default(), session(run.settings["shards"]) as sess:  # a tf.Session
+        model = new_model(run.settings)  # a VAE
         sess.run(tf.global_variables_initializer())
         if run.made > 0:
-            restore(model, sess, run.checkpoints)
-        run.prepare()  # from here on files change; what is wrong has been refused
+            restore(model, sess, run.checkpoints)  # the newest of the run's checkpoints
+        run.prepare()  # write the settings, remove what is out of date; nothing changes before
         train(model, sess, x_train, run, args.log_every, args.checkpoint_every)
         path = run.directory / "latent.png"
-        with replacing(path) as temporary:
+        with replacing(path) as temporary:  # so that latent.png is never half written
             display_manifold(model, sess, temporary)
-        page = explore(model, sess, test, run)  # None, if the page's template is missing
+        page = explore(model, sess, test, run)  # the path of explore.html, or None
         hint = f"; move through it in {page}" if page else ""
         print(f"The manifold of the latent codes is in {path}{hint}", flush=True)
         if args.report:
             report(model, sess, test, run)
         if args.show:
-            show_picture(path)
+            show_picture(path)  # in a window
 
 
 # ==================================================================== beyond the tutorial
@@ -370,23 +368,23 @@ def train_and_draw(run, x_train, test, args):
 def fast_update(model, adam, shards):
     """Return the operation of adam.minimize(model.loss, model.iteration), but faster.
 
-    It makes the same update, to rounding. The loss is a function of logits, mu and log_sig_sq,
-    and these are functions of a weight w. By the chain rule
+    It makes the same update, to rounding. A weight w changes the loss through three tensors: the
+    logits (RecLoss), mu and log_sig_sq (KLD). By the chain rule
 
         d loss / d w = sum over y of slope_y d y / d w,  for y = logits, mu and log_sig_sq,
 
-    where slope_y is the partial derivative of the loss, equations (1) and (2), by y:
+    where slope_y, the partial derivative of the loss by y, follows from equations (1) and (2):
 
         (sigmoid(logits) - x) / B,   mu / B,   (exp(log_sig_sq) - 1) / (2 B).
 
-    tf.gradients computes that sum. (d logits / d w includes the way through mu and
-    log_sig_sq.) This takes 0.6 of the time of `minimize`, for two reasons:
+    tf.gradients computes that sum. (That mu and log_sig_sq change the logits, too, is part of
+    d logits / d w.) This takes 0.6 of the time of `minimize`, for two reasons:
 
-    - The slopes are written down. `minimize` finds them by the gradient of reduce_sum, which
-      needs to know the shape of the loss's terms, (B, D), and computes all of them for that.
-    - The batch is split into shards, which do not depend on each other. So the threads of
-      `session` compute them at the same time. Within one matrix product of this size, a
-      second thread gains nothing.
+    - The slopes are written down here. With `minimize`, TensorFlow also computes the terms of
+      RecLoss, (B, D), only to learn their shape, which the gradient of a sum depends on.
+    - The batch is split into shards, which do not depend on each other, so that two threads
+      compute them at the same time (see `session`). Two threads within one operation would be
+      no faster than one: the matrices are too small.
     """
     size = tf.shape(model.x)[0] // shards
     sizes = [size] * (shards - 1) + [-1]  # -1: the last shard gets what is left over
@@ -401,8 +399,8 @@ def fast_update(model, adam, shards):
             gradients = tf.gradients(ys, model.weights, grad_ys=slopes)
             gradients_of_shards.append(gradients)
         gradients = [tf.add_n(parts) for parts in zip(*gradients_of_shards)]
-        # No weight changes before all gradients are computed: otherwise some might be computed
-        # from new weights, now and then (after tf.disable_v2_behavior(), they would be).
+        # Every gradient waits for all of them, so that no weight changes while another gradient
+        # is still computed from it.
         gradients = tf.tuple(gradients)
         return adam.apply_gradients(zip(gradients, model.weights), model.iteration)
 
@@ -418,8 +416,8 @@ def session(shards=SHARDS):
 
 
 # ------------------------------------------------------------------------ the run on disk
-# The settings of a run, and their defaults. A run that is resumed has its own, so the parser has
-# None for an option that is not given, and `opened_run` leaves it out.
+# The settings of a new run. The command line has None for an option that is not given: then a run
+# that is resumed keeps its own setting.
 DEFAULTS = {
     "data": None,  # data/mnist.npz
     "iterations": 5000,  # a bit over 21 epochs
@@ -429,9 +427,14 @@ DEFAULTS = {
     "seed": 0,
     "shards": SHARDS,
 }
-# What --resume may not change. Of "data", the images may not change: their hash is a setting, too.
+# What --resume cannot change. (--data may name another file with the same training images.)
 KEPT = ("batch_size", "decoder", "seed", "shards")
+# Files that are removed when training goes on, since they will be out of date:
 RESULTS = ("latent.png", "explore.html", "metrics.json", "report.png")
+
+
+class UsageError(ValueError):
+    """What the user gave is wrong: an option, a file of data, a directory or a checkpoint."""
 
 
 @contextmanager
@@ -469,7 +472,7 @@ def replacing(path):
 
 def updates_made(directory):
     """Return how many updates the newest checkpoint of a run has had, or 0."""
-    state = tf.train.get_checkpoint_state(directory / "checkpoints")  # what `checkpoint` says
+    state = tf.train.get_checkpoint_state(directory / "checkpoints")  # .../vae_mnist-500
     return 0 if state is None else int(state.model_checkpoint_path.rpartition("-")[2])
 
 
@@ -504,17 +507,17 @@ class Run:
         return f"{decoder} decoder, {self.made:,} iterations, seed {seed}"
 
     def prepare(self):
-        """Make the directory what the run needs to go on from its newest checkpoint, or begin."""
+        """Clean the directory, so that the run can begin, or go on from its newest checkpoint."""
         if self.made == 0:
-            # A new run, perhaps in the place of an older one. run.json goes first: without it,
-            # the other files are no run, if we are killed here.
+            # A new run, perhaps in the place of an older one. If we are killed after the first of
+            # these, there is no run, and what is left of the older one will be removed.
             for name in ("run.json", "checkpoint"):
                 (self.checkpoints / name).unlink(missing_ok=True)
-        with replacing(self.checkpoints / "run.json") as temporary:
+        with replacing(self.checkpoints / "run.json") as temporary:  # some settings may be new
             temporary.write_text(json.dumps(self.settings, indent=2) + "\n")
         self.remove_other_checkpoints()
         if self.made < self.wanted:
-            for name in RESULTS:  # they will be out of date
+            for name in RESULTS:
                 (self.directory / name).unlink(missing_ok=True)
         # Lines that are newer than the checkpoint go; these iterations will be made again.
         lines = ["iteration,kld,rec_loss\n"]
@@ -528,7 +531,7 @@ class Run:
             temporary.write_text("".join(lines))
 
     def remove_other_checkpoints(self):
-        """Remove all checkpoints but the newest, and what a killed save has left."""
+        """Remove all checkpoints but the newest, if there is one, and what a killed save left."""
         for path in self.checkpoints.glob("vae_mnist-*"):
             if not path.name.startswith(f"vae_mnist-{self.made}."):
                 path.unlink()
@@ -549,9 +552,10 @@ class Run:
 
     def save(self, model, sess, x_batch):
         """Save a checkpoint, if the losses of x_batch with the new weights are finite."""
-        self.check(self.made, *sess.run([model.kld, model.rec_loss], {model.x: x_batch}))
-        # With write_state, Saver would write `checkpoint` before the others are on the disk. So
-        # we write it, in Saver's format.
+        kld, rec_loss = sess.run([model.kld, model.rec_loss], {model.x: x_batch})
+        self.check(self.made, kld, rec_loss)
+        # With write_state, Saver would write the file `checkpoint`, too, before the files that it
+        # names are on the disk. So we write it, below, in Saver's format.
         prefix = str(self.checkpoints / "vae_mnist")
         name = model.saver.save(
             sess, prefix, global_step=self.made, write_meta_graph=False, write_state=False
@@ -578,10 +582,13 @@ def read_settings(directory):
     return settings
 
 
+# In these two functions, `given` has the settings that the user gave, by name, and always
+# "images_sha256". `older` has the settings of the run that is in the directory.
 def begin_run(directory, older, given):
-    """Return a new run, with the settings that are given, and default ones for the rest.
+    """Return a new run; settings that are not given are those of DEFAULTS.
 
-    It may replace a finished run with the settings `older`, but not an unfinished one.
+    It may replace a finished run, but not an unfinished one. `older` is None if there is no run,
+    or if the user said --overwrite.
     """
     if older is not None:
         made = updates_made(directory)
@@ -596,7 +603,7 @@ def begin_run(directory, older, given):
 
 
 def resume_run(directory, older, given):
-    """Return the older run, with the settings that are given, and its own for the rest.
+    """Return the run that is in the directory; settings that are not given are its own.
 
     If it has made as many iterations as are wanted, or more, it will only draw again.
     """
@@ -634,7 +641,7 @@ def restore(model, sess, path):
                 raise UsageError(f"{name}: of another network: {reason}")
         # Not model.saver: it would expect all variables.
         present = [v for v in model.variables if v.op.name in shapes]
-        with sess.graph.as_default():
+        with sess.graph.as_default():  # where the caller may not be
             tf.train.Saver(present).restore(sess, name)
     except tf.errors.OpError as error:
         raise UsageError(f"{name}: damaged: {error.message}") from error
@@ -651,15 +658,15 @@ def new_model(settings):
 def trained(directory="outputs"):
     """Open the model of a run, finished or not: `with trained() as (model, sess):`.
 
-    `directory` is the run's, or one with a checkpoint of the tutorial's own program, if that
-    was given a `tf.train.Saver`. Raises what `restore` raises.
+    `directory` is the run's. It may also be one into which you saved the tutorial's own program,
+    with a `tf.train.Saver`. Raises what `restore` raises.
     """
     directory = Path(directory)
     settings = read_settings(directory)
     with tf.Graph().as_default():
         model = VAE() if settings is None else new_model(settings)
         folder = directory if settings is None else directory / "checkpoints"
-        with session() as sess:  # for any number of shards, since no updates are made
+        with session() as sess:  # for any model: shards matter to updates alone
             restore(model, sess, folder)
             yield model, sess
 
@@ -672,11 +679,6 @@ def grid_codes(reach, step):
     return np.stack([z0.ravel(), z1.ravel()], axis=1)
 
 
-def in_groups(array, size):
-    """Split an array into groups of at most so many rows, which take little memory."""
-    return [array[first : first + size] for first in range(0, len(array), size)]
-
-
 def joint_terms(model, sess, codes):
     """Yield what log p(x, z) is made of, for groups of n codes: logits, (n, D), offset, (n,).
 
@@ -684,7 +686,8 @@ def joint_terms(model, sess, codes):
         log p(x, z) = x . logits + offset,  offset = log p(z) - sum softplus(logits).
     The offset is all that does not depend on x.
     """
-    for z in in_groups(codes, 400):
+    for first in range(0, len(codes), 400):  # 400 at a time take little memory
+        z = codes[first : first + 400]
         logits = sess.run(model.logits, {model.z: z})
         log_pz = -np.sum(z**2, axis=1) / 2 - np.log(2 * np.pi)  # of N(0, I)
         softplus = np.logaddexp(0, logits)  # log(e^0 + e^l)
@@ -702,7 +705,7 @@ def log_likelihood(model, sess, x, reach, step):
     codes = codes[np.sum(codes**2, axis=1) <= reach**2]  # a disc, since p(z) is round
     log_sum = np.full(len(x), -np.inf)  # of the codes so far, for each image
     for logits, offset in joint_terms(model, sess, codes):
-        offset = offset[:, np.newaxis].astype(np.float32)  # as x and logits, for less time
+        offset = offset[:, np.newaxis].astype(np.float32)  # float64 would be slower
         log_joint = logits @ x.T + offset  # log p(x, z), (n, N)
         highest = np.max(log_joint, axis=0)
         total = np.sum(np.exp(log_joint - highest), axis=0)
@@ -714,15 +717,16 @@ def evaluate(model, sess, images, seed=0, samples=20, reach=5.5, step=0.05):
     """Measure what a model has learnt of images, uint8 (N, 28, 28), in nats an image.
 
     Returns arrays (N,), float64, by name:
-    "RecLoss": equation (2), averaged over `samples` codes from q(z | x); `seed` decides them.
+    "RecLoss": equation (2), averaged over `samples` codes from q(z | x), the encoder's Gaussian;
+        `seed` decides them.
     "KLD": equation (1).
     "-ELBO": their sum.
     "NLL": -log p(x), from a grid of codes, `step` apart, in a disc of radius `reach`: 38,000
         codes, good to 1e-3 nats in the mean after 5,000 iterations.
-    "KL(q || p)": -ELBO - NLL, the divergence of q(z | x), the encoder's Gaussian, from the
-        exact posterior p(z | x) = p(x, z) / p(x).
-    With grey pixels, p(x | z) = exp(-RecLoss) is not normalized: compare only models of the same
-    images.
+    "KL(q || p)": -ELBO - NLL, the divergence of q(z | x) from the exact posterior
+        p(z | x) = p(x, z) / p(x).
+    p(x | z) is exp(-RecLoss). Its sum is 1 over all black and white images, but not over grey
+    ones: so compare NLL only between models of the same images.
     """
     x = scale(images)
     rng = np.random.default_rng(seed)
@@ -746,9 +750,9 @@ def evaluate(model, sess, images, seed=0, samples=20, reach=5.5, step=0.05):
 # data/explore.html is the page's template. In the browser, it decodes the code under the mouse,
 # encodes the image that is picked or drawn, and computes the exact posterior p(z | x) on a grid
 # of codes. `page_numbers` lists what it reads, and what for.
-NUMBERS_HERE = b">NUMBERS_HERE<"  # where the template has an element for them
+NUMBERS_HERE = b"NUMBERS_HERE"  # what the numbers replace in the template
 PAGE_REACH = 4.5  # of the page's grid; nearly all test images have their codes within it
-PAGE_STEP = 0.075  # 121 x 121 codes, which take a browser two seconds
+PAGE_STEP = 0.075  # it has 121 x 121 codes, which take a browser two seconds
 # Ten colours that colour-blind people can tell apart. Seven are Petroff's (arXiv:2107.02270);
 # his other three are hard to see on black, or beside the page's yellow glow.
 COLOURS = [
@@ -767,7 +771,7 @@ def label_colours(labels):
 
 
 def ten_classes(labels):
-    """Return the labels that occur, or ten of them, spread over all, if they are more."""
+    """Return the labels that occur, at most ten, evenly spread. (Letters have more than ten.)"""
     classes = np.unique(labels)
     places = np.linspace(0, len(classes) - 1, min(10, len(classes)))
     return classes[np.round(places).astype(int)]
@@ -792,41 +796,36 @@ def page_numbers(model, sess, test, run):
     """Return the numbers of a run that the page needs, by name; arrays `as_text`."""
     images = test[0][:10000]  # more would make a large page
     labels = test[1][:10000]
-    codes = []
-    losses = []
-    for part in in_groups(images, 100):
-        x = scale(part)
-        fetches = [model.mu, model.rec_losses, model.klds]
-        mu, rec_losses, klds = sess.run(fetches, {model.x: x})
-        codes.append(mu)
-        losses.append(rec_losses + klds)
+    codes, _ = model.encode(scale(images), sess)
+    tenth = {model.x: scale(images[::10])}  # every tenth image is enough for quantiles
+    rec_losses, klds = sess.run([model.rec_losses, model.klds], tenth)
     places = [np.flatnonzero(labels == label)[:2] for label in ten_classes(labels)]
-    shown = np.concatenate(places)  # of two images a label
-    # Picked first is the one whose exact posterior is least like the encoder's Gaussian.
+    shown = np.concatenate(places)  # the places of two images for each label
+    # The page begins with the one whose exact posterior is least like the encoder's Gaussian. To
+    # find it, the page's grid, which is coarse, will do.
     measured = evaluate(model, sess, images[shown], reach=PAGE_REACH, step=PAGE_STEP)
     picked = np.argmax(measured["KL(q || p)"])
     grid = grid_codes(PAGE_REACH, PAGE_STEP)
     offsets = [offset for _, offset in joint_terms(model, sess, grid)]
     return {
         "run": run.title,  # the window's title
-        "kind": "image" if run.settings["data"] else "digit",  # what it calls an image
+        "kind": "image" if run.settings["data"] else "digit",  # MNIST if no --data is given
         # the network, float32
         "encoder": page_layers(model.encoder_layers, sess),
         "decoder": page_layers(model.decoder_layers, sess),
-        # dots on the map: mu of the test images, float32 (N, 2), their labels and colours
-        "codes": as_text(np.concatenate(codes)),
+        # dots on the map: mu of the test images, float32 (N, 2), their labels, a colour by label
+        "codes": as_text(codes),
         "labels": labels.tolist(),
         "colours": label_colours(labels),
         # test images to pick from, uint8, (20, 28, 28) of MNIST, and their labels
         "images": as_text(images[shown]),
         "shown": labels[shown].tolist(),
         "picked": int(picked),
-        # the codes on which the page computes the exact posterior, n x n, and log p(x, z) of each
-        # without x . logits, which the page adds, float32
+        # the page's grid of codes, n x n, and their offsets, see `joint_terms`, float32 (n * n,)
         "grid": {"n": round(len(grid) ** 0.5), "reach": PAGE_REACH},
         "offset": as_text(np.concatenate(offsets).astype(np.float32)),
-        # what 5, 50 and 95 % of the test images have less than: a scale for a loss
-        "losses": np.quantile(np.concatenate(losses), [0.05, 0.5, 0.95]).tolist(),
+        # quantiles of -ELBO over the test images: 5, 50 and 95 %
+        "losses": np.quantile(rec_losses + klds, [0.05, 0.5, 0.95]).tolist(),
     }
 
 
@@ -836,7 +835,7 @@ def explore(model, sess, test, run):
     if not template.exists():  # the module was copied without it
         return None
     numbers = json.dumps(page_numbers(model, sess, test, run)).encode()
-    content = template.read_bytes().replace(NUMBERS_HERE, b">" + numbers + b"<")
+    content = template.read_bytes().replace(NUMBERS_HERE, numbers)
     path = run.directory / "explore.html"
     with replacing(path) as temporary:
         temporary.write_bytes(content)
@@ -847,11 +846,13 @@ def explore(model, sess, test, run):
 def draw_codes(axes, mu, labels, kld):
     """Draw where the encoder puts the test images, in the colours of their labels."""
     colours = label_colours(labels)
-    axes.scatter(*mu.T, s=2, linewidth=0, c=[colours[label] for label in labels.tolist()])
+    dots = [colours[label] for label in labels.tolist()]
+    axes.scatter(mu[:, 0], mu[:, 1], s=2, linewidth=0, c=dots)
     for label in ten_classes(labels).tolist():  # no dots, but entries of the legend
         axes.scatter([], [], c=colours[label], edgecolor="black", label=label)
     axes.legend(title="label", loc="upper left", bbox_to_anchor=(1, 1))
     axes.set_facecolor("black")  # on which all of the colours are seen
+    # what latent.png shows, as a square:
     axes.plot([-2, 2, 2, -2, -2], [-2, -2, 2, 2, -2], color="white", linewidth=1)
     axes.set(title=f"Codes of {len(mu):,} test images: KLD {kld:.2f}", aspect="equal")
     axes.set(xlabel="mu[0]; in the square: latent.png", ylabel="mu[1]")
@@ -872,8 +873,9 @@ def draw_sheet(axes, model, sess, test, mu, rec_loss):
     axes.imshow(sheet, cmap="Greys_r", vmin=0, vmax=1)
     axes.set(title=f"Images over reconstructions:\nRecLoss {rec_loss:.2f}", anchor="N")
     axes.set(ylabel="label", xticks=[])
-    between = np.arange(len(classes)) * 2 * SIDE + SIDE - 0.5  # images and reconstructions
-    axes.set_yticks(between, classes)
+    # A label stands where its images meet their reconstructions.
+    places = np.arange(len(classes)) * 2 * SIDE + SIDE - 0.5
+    axes.set_yticks(places, classes)
 
 
 def draw_losses(axes, path):
@@ -887,7 +889,7 @@ def draw_losses(axes, path):
     for name, values, colour, side in (left, right):
         side.plot(iterations, values, color=colour, linewidth=1)
         side.set_ylabel(name, color=colour)
-        settled = values[len(values) // 20 :]  # the first would squeeze the rest
+        settled = values[len(values) // 20 :]  # all but the first 5 %, which are far higher
         margin = 0.1 * np.ptp(settled) + 0.01
         side.set_ylim(min(settled) - margin, max(settled) + margin)
 
@@ -956,7 +958,7 @@ def number(kind, lowest, highest):
 def local_directory(text):
     """Return the path of a directory on this machine, which TensorFlow can use."""
     path = Path(text).expanduser()
-    # TensorFlow takes * ? [ \ for a pattern. Path would make of gs://bucket a folder "gs:".
+    # TensorFlow would take * ? [ \ for a pattern, and Path makes a folder "gs:" of gs://bucket.
     if set(path.as_posix()) & set("*?[\\") or "://" in text:
         expected = "expected a directory on this machine, without * ? [ \\ in its name"
         raise argparse.ArgumentTypeError(f"{expected}, got {text!r}")
@@ -1015,15 +1017,16 @@ def fail(error, status):
 def opened_run(args):
     """Yield a run, begun or resumed as the arguments say and locked, and its data."""
     directory = args.output_dir
+    # Before the lock, since the lock makes a directory, and wrong data must leave nothing behind.
     older = None if args.overwrite else read_settings(directory)
     is_resumed = args.resume and older is not None
     data = args.data
     if is_resumed and data is None:
         data = older["data"]
     (x_train, _), test = load_mnist(data)
-    # The settings that are given: options, and the images by their hash.
-    given = {name: vars(args)[name] for name in DEFAULTS if vars(args)[name] is not None}
-    given["images_sha256"] = hashlib.sha256(x_train).hexdigest()
+    options = vars(args)
+    given = {name: options[name] for name in DEFAULTS if options[name] is not None}
+    given["images_sha256"] = hashlib.sha256(x_train).hexdigest()  # of those that it learns from
     try:
         (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
     except OSError as error:
