@@ -13,7 +13,7 @@ Both are trained on KLD + RecLoss, the negative evidence lower bound (-ELBO), in
 The tutorial's program ends at the line "beyond the tutorial". Then come:
 
     speed               fast_update, session
-    the run on disk     Run: how a run that was killed goes on
+    the run on disk     Run: its files, and how it is resumed after a kill
     a trained model     restore, trained
     what it has learnt  evaluate
     the page            explore: explore.html, the model in a browser
@@ -40,7 +40,8 @@ from pathlib import Path
 # arrive as exceptions.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # A notebook sets MPLBACKEND=module://... for the programs that it starts. If that module is not
-# installed here, `import matplotlib` fails. So drop it, unless matplotlib is imported already.
+# installed here, `import matplotlib` fails. So drop it. (If matplotlib is
+# imported already, it has read it.)
 if "matplotlib" not in sys.modules and os.environ.get("MPLBACKEND", "").startswith("module://"):
     del os.environ["MPLBACKEND"]
 
@@ -54,7 +55,8 @@ PIXELS = SIDE * SIDE  # D
 LATENT = 2  # K; the pictures and the integral in `evaluate` need the codes to lie in a plane
 # Each network is a pair: the units of its layers with ELU, and those of the linear layers after
 # them. (The decoder's sigmoid comes later.) "tutorial" is what the tutorial lists; "mirrored" is
-# the encoder backwards, as one may read its text, which says that the layers "upscale".
+# the encoder backwards, as one may read its text. (The 4 is the tutorial's, too: its decoder
+# repeats the encoder's layers before it comes to the pixels.)
 ENCODER = ([256, 128, 64], [2 * LATENT])
 DECODERS = {"tutorial": ([256, 128, 64], [4, PIXELS]), "mirrored": ([64, 128, 256], [PIXELS])}
 BATCH_SIZE = 256  # images an iteration
@@ -63,13 +65,17 @@ SHARDS = 2  # parts of a batch that are computed at the same time, for speed: se
 DATA = Path(__file__).resolve().parent / "data"  # has mnist.npz, and the page's template
 
 
+class UsageError(ValueError):
+    """What the user gave is wrong: an option, a file of data, a directory or a checkpoint."""
+
+
 # ---------------------------------------------------------------------------------- model
 class Dense:
     """A fully connected layer, as `tf.layers.dense` made it; TensorFlow 2.16 removed that.
 
     Its weights are made here, once, and used in every call. They have the names that
     `tf.layers.dense` gave them, so that `trained` can open a checkpoint that was saved from
-    the tutorial's own program.
+    the tutorial's own program, by a `tf.train.Saver`.
     """
 
     def __init__(self, input_units, units, activation=None):
@@ -147,11 +153,12 @@ class VAE:
 
         # The tutorial's text leaves out `step` and the optimizer, which is Adam with its defaults:
         #     self.opt = adam.minimize(self.loss, global_step=self.iteration)
-        # `fast_update`, beyond the tutorial, makes the same update in 0.6 of the time. But it
-        # has the derivatives of the losses written down: if you change a loss, use `minimize`.
+        # `fast_update`, beyond the tutorial, makes the same update in 0.6 of the time, and adds
+        # 1 to iteration, too. It uses x, eps, weights and forward, but no loss: it has their
+        # derivatives written down. So if you change a loss, use `minimize`.
         adam = tf.train.AdamOptimizer(learning_rate)
         self.opt = fast_update(self, adam, shards)
-        # Adam's own variables exist now, since its update does.
+        # Adam made its own variables with its update, so this comes after it.
         self.variables = [self.iteration, *self.weights, *adam.variables()]
         self.saver = tf.train.Saver(self.variables)
 
@@ -176,7 +183,8 @@ class VAE:
     def step(self, batch, sess):
         """Make one update on a batch, (B, D) in [0, 1]; return kld, rec_loss before it."""
         # Two calls: within one, TensorFlow may read the weights before or after they change.
-        # Both have the same noise, since only the update changes `iteration`.
+        # Both have the same noise, since only the update changes `iteration`. (`train` calls
+        # `step` only for iterations that are logged.)
         kld, rec_loss = sess.run([self.kld, self.rec_loss], {self.x: batch})
         sess.run(self.opt, {self.x: batch})
         return float(kld), float(rec_loss)
@@ -209,10 +217,13 @@ def display_manifold(model, sess, path="latent.png"):
         digits = model.decode([[xi, yi] for xi in grid_x], sess)  # (30, 28, 28)
         figure[i * SIDE : (i + 1) * SIDE] = np.concatenate(digits, axis=1)  # (28, 840)
 
-    fig = matplotlib.figure.Figure(figsize=(10, 10), dpi=100)  # 1,000 x 1,000 pixels
-    # The images as they are, 80 pixels from left and bottom; imshow would resample them.
-    fig.figimage(figure, 80, 80, cmap="Greys_r", vmin=0, vmax=1)
-    axes = fig.add_axes((0.08, 0.08, 0.84, 0.84), frame_on=False)  # over these 840 x 840 pixels
+    margin = 80  # pixels around the images, for the axes
+    side = size + 2 * margin  # 1,000 pixels
+    fig = matplotlib.figure.Figure(figsize=(side / 100, side / 100), dpi=100)
+    # The images as they are; imshow would resample them.
+    fig.figimage(figure, margin, margin, cmap="Greys_r", vmin=0, vmax=1)
+    area = (margin / side, margin / side, size / side, size / side)  # that of the images
+    axes = fig.add_axes(area, frame_on=False)
     step = 4 / (n - 1)
     edge = 2 + step / 2  # the outermost images have their middle at 2
     axes.set(xlim=(-edge, edge), ylim=(-edge, edge))
@@ -231,8 +242,8 @@ def load_mnist(path=None):
 
     Returns (x_train, y_train), (x_test, y_test): images, uint8 (N, 28, 28) from 0 to 255,
     and labels, integers (N,). So that data sets like MNIST load as they are published, the
-    file may have images (N, 784) or (N, 28, 28, 1), of any integer type, and labels (N, 1) or
-    none: then all are 0. Raises UsageError, a ValueError, for any other or no file.
+    file may have images (N, 784) or (N, 28, 28, 1), of any integer type, and labels (N, 1). It
+    may lack the labels; then they are 0. Raises UsageError, a ValueError, for any other or no file.
     """
     file = DATA / "mnist.npz" if path is None else Path(path)
     try:
@@ -259,7 +270,7 @@ def read_part(archive, part):
         raise ValueError(f"x_{part} is {images.dtype} {images.shape}; {expected}")
     low = images.min()
     high = images.max()
-    if low < 0 or high > 255 or high < 2:  # 0 and 1: black and white, or scaled
+    if low < 0 or high > 255 or high < 2:  # to 1: scaled already, or black and white
         found = f"x_{part} has values from {low} to {high}"
         raise ValueError(f"{found}; expected grey from 0 to 255")
     images = np.ascontiguousarray(images.reshape(-1, SIDE, SIDE), np.uint8)
@@ -318,10 +329,10 @@ def progress(first, last):
 def train(model, sess, x_train, run, log_every, checkpoint_every):
     """Make the updates that a run still lacks, as the loop of the tutorial's main block does.
 
-    `run` is a `Run`, a class of the second half. run.settings is a dictionary with the names of
-    DEFAULTS; run.made is the number of updates made, run.wanted that of updates wanted. run.log
-    adds a line to log.csv, and run.save saves a checkpoint. Both raise FloatingPointError if the
-    losses are not finite.
+    `run` is a `Run`, a class of the second half. It has run.settings, a dictionary; run.made, the
+    number of updates that are made; and run.wanted, that of updates to make. run.log adds a line to
+    log.csv. run.save saves a checkpoint, so that the run can be resumed. Both raise
+    FloatingPointError if the losses are not finite.
     """
     settings = run.settings
     batches = random_batches(x_train, settings["batch_size"], settings["seed"], run.made)
@@ -335,32 +346,23 @@ def train(model, sess, x_train, run, log_every, checkpoint_every):
             sess.run(model.opt, {model.x: x_batch})
         run.made = i + 1
         if run.made % checkpoint_every == 0 or run.made == run.wanted:
-            run.save(model, sess, x_batch)  # if x_batch has finite losses
+            run.save(model, sess, x_batch)  # the batch is for trying the new weights on it
 
 
 def train_and_draw(run, x_train, test, args):
-    """Do what the tutorial's main block does, and what the options in `args` add.
+    """Do what the tutorial's main block does; `main` has loaded the data.
 
-    `main` has loaded x_train, images, and test, a pair of images and labels. The functions that
-    you have not met are in the second half.
+    `test` is a pair, the test images and their labels. `args` has the options by name.
     """
-    with tf.Graph().as_default(), session(run.settings["shards"]) as sess:  # a tf.Session
-        model = new_model(run.settings)  # a VAE
+    with tf.Graph().as_default(), session(run.settings["shards"]) as sess:
+        model = VAE(**model_settings(run.settings))
         sess.run(tf.global_variables_initializer())
-        if run.made > 0:
-            restore(model, sess, run.checkpoints)  # the newest of the run's checkpoints
-        run.prepare()  # write the settings, remove what is out of date; nothing changes before
+        run.start(model, sess)  # from its newest checkpoint, if it has one
         train(model, sess, x_train, run, args.log_every, args.checkpoint_every)
         path = run.directory / "latent.png"
         with replacing(path) as temporary:  # so that latent.png is never half written
             display_manifold(model, sess, temporary)
-        page = explore(model, sess, test, run)  # the path of explore.html, or None
-        hint = f"; move through it in {page}" if page else ""
-        print(f"The manifold of the latent codes is in {path}{hint}", flush=True)
-        if args.report:
-            report(model, sess, test, run)
-        if args.show:
-            show_picture(path)  # in a window
+        draw_more(model, sess, test, run, args)  # the page; as options say, a report, a window
 
 
 # ==================================================================== beyond the tutorial
@@ -371,23 +373,25 @@ def fast_update(model, adam, shards):
     It makes the same update, to rounding. A weight w changes the loss through three tensors: the
     logits (RecLoss), mu and log_sig_sq (KLD). By the chain rule
 
-        d loss / d w = sum over y of slope_y d y / d w,  for y = logits, mu and log_sig_sq,
+        d loss / d w = sum over y of slope_y d y / d w,  for y = logits, mu and log_sig_sq.
 
-    where slope_y, the partial derivative of the loss by y, follows from equations (1) and (2):
+    slope_y is the partial derivative of the loss by y, with the other two fixed:
 
         (sigmoid(logits) - x) / B,   mu / B,   (exp(log_sig_sq) - 1) / (2 B).
 
-    tf.gradients computes that sum. (That mu and log_sig_sq change the logits, too, is part of
-    d logits / d w.) This takes 0.6 of the time of `minimize`, for two reasons:
+    tf.gradients computes that sum. (The way from mu over z to the logits is part of
+    d logits / d w, and counts only there.) This takes 0.6 of the time of `minimize`, for two
+    reasons:
 
-    - The slopes are written down here. With `minimize`, TensorFlow also computes the terms of
-      RecLoss, (B, D), only to learn their shape, which the gradient of a sum depends on.
+    - The slopes are written down here. With `minimize`, the gradient of reduce_sum asks for the
+      shape of RecLoss's terms. To answer that, TensorFlow computes the terms, (B, D), in every
+      update, though nobody needs their values.
     - The batch is split into shards, which do not depend on each other, so that two threads
       compute them at the same time (see `session`). Two threads within one operation would be
       no faster than one: the matrices are too small.
     """
     size = tf.shape(model.x)[0] // shards
-    sizes = [size] * (shards - 1) + [-1]  # -1: the last shard gets what is left over
+    sizes = [size] * (shards - 1) + [-1]  # for tf.split, -1 is what is left over
     batch_size = tf.cast(tf.shape(model.x)[0], tf.float32)
     gradients_of_shards = []
     with tf.name_scope("fast_update"):
@@ -406,7 +410,7 @@ def fast_update(model, adam, shards):
 
 
 def session(shards=SHARDS):
-    """Open a session on the current graph. Each of several shards has a thread."""
+    """Open a session on the current graph, with a thread for each of several shards."""
     config = tf.ConfigProto()
     config.gpu_options.allow_growth = True  # take a GPU's memory as it is needed
     if shards > 1:
@@ -427,19 +431,16 @@ DEFAULTS = {
     "seed": 0,
     "shards": SHARDS,
 }
-# What --resume cannot change. (--data may name another file with the same training images.)
+# What --resume cannot change, nor the training images. More iterations, or a lower learning rate
+# after losses that were not finite, hold from there on.
 KEPT = ("batch_size", "decoder", "seed", "shards")
 # Files that are removed when training goes on, since they will be out of date:
 RESULTS = ("latent.png", "explore.html", "metrics.json", "report.png")
 
 
-class UsageError(ValueError):
-    """What the user gave is wrong: an option, a file of data, a directory or a checkpoint."""
-
-
 @contextmanager
 def locked(directory):
-    """Keep other processes out of a run. The lock ends with the process, even if killed."""
+    """Keep other processes out of a run, where the system can. A kill ends the lock, too."""
     with open(directory / "checkpoints" / "lock", "a") as file:
         try:
             import fcntl
@@ -472,8 +473,10 @@ def replacing(path):
 
 def updates_made(directory):
     """Return how many updates the newest checkpoint of a run has had, or 0."""
-    state = tf.train.get_checkpoint_state(directory / "checkpoints")  # .../vae_mnist-500
-    return 0 if state is None else int(state.model_checkpoint_path.rpartition("-")[2])
+    state = tf.train.get_checkpoint_state(directory / "checkpoints")
+    if state is None:
+        return 0
+    return int(state.model_checkpoint_path.rpartition("-")[2])  # of .../vae_mnist-500
 
 
 class Run:
@@ -487,14 +490,15 @@ class Run:
         latent.png, explore.html        the results
         metrics.json, report.png        the results of --report
 
-    The run makes progress when `checkpoint` is replaced, and only then. By that time the new
+    On disk, the run makes progress when `checkpoint` is replaced, and only then. By that time the new
     checkpoint and its part of log.csv are on the disk. What a killed run wrote later is
     dropped, and made again with the same bits: seed and iteration decide all randomness.
     """
 
     def __init__(self, directory, settings, made):
         self.directory = directory
-        self.settings = settings  # by name: those of DEFAULTS, and "images_sha256"
+        # By name: those of DEFAULTS, and "images_sha256", the hash of the training images.
+        self.settings = settings
         self.made = made  # how many updates
         self.wanted = settings["iterations"]
         self.checkpoints = directory / "checkpoints"
@@ -506,11 +510,18 @@ class Run:
         seed = self.settings["seed"]
         return f"{decoder} decoder, {self.made:,} iterations, seed {seed}"
 
+    def start(self, model, sess):
+        """Set the variables to those of the newest checkpoint, if there is one; clean up."""
+        if self.made > 0:
+            restore(model, sess, self.checkpoints)
+        # Nothing has changed any file of a run so far; from here on, nothing is refused.
+        self.prepare()
+
     def prepare(self):
-        """Clean the directory, so that the run can begin, or go on from its newest checkpoint."""
+        """Write the settings, and remove what is older or newer than the newest checkpoint."""
         if self.made == 0:
-            # A new run, perhaps in the place of an older one. If we are killed after the first of
-            # these, there is no run, and what is left of the older one will be removed.
+            # A new run, perhaps in the place of an older one. run.json goes first: without it,
+            # the directory counts as empty, and the next run cleans up the rest.
             for name in ("run.json", "checkpoint"):
                 (self.checkpoints / name).unlink(missing_ok=True)
         with replacing(self.checkpoints / "run.json") as temporary:  # some settings may be new
@@ -531,7 +542,7 @@ class Run:
             temporary.write_text("".join(lines))
 
     def remove_other_checkpoints(self):
-        """Remove all checkpoints but the newest, if there is one, and what a killed save left."""
+        """Remove all checkpoints but that of self.made, and what a killed save left."""
         for path in self.checkpoints.glob("vae_mnist-*"):
             if not path.name.startswith(f"vae_mnist-{self.made}."):
                 path.unlink()
@@ -554,8 +565,8 @@ class Run:
         """Save a checkpoint, if the losses of x_batch with the new weights are finite."""
         kld, rec_loss = sess.run([model.kld, model.rec_loss], {model.x: x_batch})
         self.check(self.made, kld, rec_loss)
-        # With write_state, Saver would write the file `checkpoint`, too, before the files that it
-        # names are on the disk. So we write it, below, in Saver's format.
+        # Saver writes the checkpoint's files, we sync them, and then we write the file `checkpoint`,
+        # in Saver's format. With write_state, Saver would do so before they are on the disk.
         prefix = str(self.checkpoints / "vae_mnist")
         name = model.saver.save(
             sess, prefix, global_step=self.made, write_meta_graph=False, write_state=False
@@ -587,8 +598,8 @@ def read_settings(directory):
 def begin_run(directory, older, given):
     """Return a new run; settings that are not given are those of DEFAULTS.
 
-    It may replace a finished run, but not an unfinished one. `older` is None if there is no run,
-    or if the user said --overwrite.
+    It may replace a finished run, or one without a checkpoint, but no other. `older` is None if
+    there is no run, or if the user said --overwrite.
     """
     if older is not None:
         made = updates_made(directory)
@@ -648,10 +659,10 @@ def restore(model, sess, path):
     sess.run([v.initializer for v in model.variables if v.op.name not in shapes])
 
 
-def new_model(settings):
-    """Return a model with a run's settings."""
+def model_settings(settings):
+    """Return those of a run's settings that VAE has as arguments."""
     names = ("learning_rate", "seed", "shards", "decoder")
-    return VAE(**{name: settings[name] for name in names})
+    return {name: settings[name] for name in names}
 
 
 @contextmanager
@@ -664,9 +675,9 @@ def trained(directory="outputs"):
     directory = Path(directory)
     settings = read_settings(directory)
     with tf.Graph().as_default():
-        model = VAE() if settings is None else new_model(settings)
+        model = VAE() if settings is None else VAE(**model_settings(settings))
         folder = directory if settings is None else directory / "checkpoints"
-        with session() as sess:  # for any model: shards matter to updates alone
+        with session() as sess:  # its threads matter to updates alone
             restore(model, sess, folder)
             yield model, sess
 
@@ -689,7 +700,7 @@ def joint_terms(model, sess, codes):
     for first in range(0, len(codes), 400):  # 400 at a time take little memory
         z = codes[first : first + 400]
         logits = sess.run(model.logits, {model.z: z})
-        log_pz = -np.sum(z**2, axis=1) / 2 - np.log(2 * np.pi)  # of N(0, I)
+        log_pz = -np.sum(z**2, axis=1) / 2 - LATENT / 2 * np.log(2 * np.pi)  # of N(0, I)
         softplus = np.logaddexp(0, logits)  # log(e^0 + e^l)
         yield logits, log_pz - np.sum(softplus, axis=1)
 
@@ -702,10 +713,10 @@ def log_likelihood(model, sess, x, reach, step):
     log sum exp(a) is computed as max(a) + log sum exp(a - max(a)).
     """
     codes = grid_codes(reach, step)
-    codes = codes[np.sum(codes**2, axis=1) <= reach**2]  # a disc, since p(z) is round
+    codes = codes[np.sum(codes**2, axis=1) <= reach**2]  # the corners have no part in p(z)
     log_sum = np.full(len(x), -np.inf)  # of the codes so far, for each image
     for logits, offset in joint_terms(model, sess, codes):
-        offset = offset[:, np.newaxis].astype(np.float32)  # float64 would be slower
+        offset = offset[:, np.newaxis].astype(np.float32)  # precise enough, and fast
         log_joint = logits @ x.T + offset  # log p(x, z), (n, N)
         highest = np.max(log_joint, axis=0)
         total = np.sum(np.exp(log_joint - highest), axis=0)
@@ -721,12 +732,13 @@ def evaluate(model, sess, images, seed=0, samples=20, reach=5.5, step=0.05):
         `seed` decides them.
     "KLD": equation (1).
     "-ELBO": their sum.
-    "NLL": -log p(x), from a grid of codes, `step` apart, in a disc of radius `reach`: 38,000
-        codes, good to 1e-3 nats in the mean after 5,000 iterations.
-    "KL(q || p)": -ELBO - NLL, the divergence of q(z | x) from the exact posterior
-        p(z | x) = p(x, z) / p(x).
-    p(x | z) is exp(-RecLoss). Its sum is 1 over all black and white images, but not over grey
-    ones: so compare NLL only between models of the same images.
+    "NLL": -log p(x), from a grid of codes, `step` apart, in a disc of radius `reach`. With the
+        defaults, 38,000 codes, the mean is good to 1e-3 nats after 5,000 iterations: a step of
+        0.025 and a reach of 6.5 change it by less.
+    "KL(q || p)": (-ELBO) - NLL. Since log p(x) = ELBO + KL(q(z | x) || p(z | x)), that is the
+        divergence of q(z | x) from the exact posterior p(z | x) = p(x, z) / p(x).
+    Here p(x | z) = exp(-RecLoss), which is a probability only for black and white images. So do
+    not compare NLL with figures for binarized MNIST.
     """
     x = scale(images)
     rng = np.random.default_rng(seed)
@@ -754,7 +766,7 @@ NUMBERS_HERE = b"NUMBERS_HERE"  # what the numbers replace in the template
 PAGE_REACH = 4.5  # of the page's grid; nearly all test images have their codes within it
 PAGE_STEP = 0.075  # it has 121 x 121 codes, which take a browser two seconds
 # Ten colours that colour-blind people can tell apart. Seven are Petroff's (arXiv:2107.02270);
-# his other three are hard to see on black, or beside the page's yellow glow.
+# his other three are hard to see on black.
 COLOURS = [
     "#3f90da", "#b9ac70", "#a96b59", "#c1fdc4", "#92dadd",
     "#6634f8", "#94a4a2", "#717581", "#d1041a", "#e76300",
@@ -797,19 +809,19 @@ def page_numbers(model, sess, test, run):
     images = test[0][:10000]  # more would make a large page
     labels = test[1][:10000]
     codes, _ = model.encode(scale(images), sess)
-    tenth = {model.x: scale(images[::10])}  # every tenth image is enough for quantiles
-    rec_losses, klds = sess.run([model.rec_losses, model.klds], tenth)
+    x = scale(images[::10])  # every tenth image is enough for quantiles, with one code each
+    rec_losses, klds = sess.run([model.rec_losses, model.klds], {model.x: x})
     places = [np.flatnonzero(labels == label)[:2] for label in ten_classes(labels)]
     shown = np.concatenate(places)  # the places of two images for each label
-    # The page begins with the one whose exact posterior is least like the encoder's Gaussian. To
-    # find it, the page's grid, which is coarse, will do.
+    # The page begins with the image whose exact posterior is least like the encoder's Gaussian,
+    # which shows most. To find it, the page's grid, which is coarse, will do.
     measured = evaluate(model, sess, images[shown], reach=PAGE_REACH, step=PAGE_STEP)
     picked = np.argmax(measured["KL(q || p)"])
     grid = grid_codes(PAGE_REACH, PAGE_STEP)
     offsets = [offset for _, offset in joint_terms(model, sess, grid)]
     return {
         "run": run.title,  # the window's title
-        "kind": "image" if run.settings["data"] else "digit",  # MNIST if no --data is given
+        "kind": "image" if run.settings["data"] else "digit",  # its word for an image of MNIST
         # the network, float32
         "encoder": page_layers(model.encoder_layers, sess),
         "decoder": page_layers(model.decoder_layers, sess),
@@ -817,11 +829,12 @@ def page_numbers(model, sess, test, run):
         "codes": as_text(codes),
         "labels": labels.tolist(),
         "colours": label_colours(labels),
-        # test images to pick from, uint8, (20, 28, 28) of MNIST, and their labels
+        # test images to pick from, uint8 (n, 28, 28), where n = 20 for MNIST, and their labels
         "images": as_text(images[shown]),
         "shown": labels[shown].tolist(),
         "picked": int(picked),
-        # the page's grid of codes, n x n, and their offsets, see `joint_terms`, float32 (n * n,)
+        # the page's grid of n x n codes, and `offset` of `joint_terms` for each, float32. The page
+        # adds x . logits, for log p(x, z); to compute the offsets, too, would take it too long.
         "grid": {"n": round(len(grid) ** 0.5), "reach": PAGE_REACH},
         "offset": as_text(np.concatenate(offsets).astype(np.float32)),
         # quantiles of -ELBO over the test images: 5, 50 and 95 %
@@ -928,14 +941,29 @@ def report(model, sess, test, run):
 
 
 def show_picture(path):
-    """Open a window with a picture of 1,000 x 1,000 pixels, until it is closed."""
+    """Open a window with a picture, pixel for pixel, until it is closed."""
     from matplotlib import pyplot as plt  # only here, since it looks for a display
 
     if plt.get_backend().lower() == "agg":  # which pyplot chooses where no window can open
         print("--show: there is no display", file=sys.stderr)
-    plt.figure(figsize=(10, 10), dpi=100)
-    plt.figimage(plt.imread(path))
+        return
+    picture = plt.imread(path)
+    height, width, _ = picture.shape
+    plt.figure(figsize=(width / 100, height / 100), dpi=100)
+    plt.figimage(picture)
     plt.show()
+
+
+def draw_more(model, sess, test, run, args):
+    """Draw what goes beyond the tutorial, and say where the pictures are."""
+    path = run.directory / "latent.png"
+    page = explore(model, sess, test, run)
+    hint = f"; move through it in {page}" if page else ""
+    print(f"The manifold of the latent codes is in {path}{hint}", flush=True)
+    if args.report:
+        report(model, sess, test, run)
+    if args.show:
+        show_picture(path)
 
 
 # ----------------------------------------------------------------------- the command line
@@ -958,7 +986,7 @@ def number(kind, lowest, highest):
 def local_directory(text):
     """Return the path of a directory on this machine, which TensorFlow can use."""
     path = Path(text).expanduser()
-    # TensorFlow would take * ? [ \ for a pattern, and Path makes a folder "gs:" of gs://bucket.
+    # TensorFlow would take * ? [ \ for a pattern. Path would make a folder "gs:" of gs://bucket.
     if set(path.as_posix()) & set("*?[\\") or "://" in text:
         expected = "expected a directory on this machine, without * ? [ \\ in its name"
         raise argparse.ArgumentTypeError(f"{expected}, got {text!r}")
@@ -1017,7 +1045,8 @@ def fail(error, status):
 def opened_run(args):
     """Yield a run, begun or resumed as the arguments say and locked, and its data."""
     directory = args.output_dir
-    # Before the lock, since the lock makes a directory, and wrong data must leave nothing behind.
+    # This is read before the lock, since locking makes the directory, and wrong data must leave
+    # nothing behind. A run that ends in between has the same settings.
     older = None if args.overwrite else read_settings(directory)
     is_resumed = args.resume and older is not None
     data = args.data
@@ -1026,7 +1055,7 @@ def opened_run(args):
     (x_train, _), test = load_mnist(data)
     options = vars(args)
     given = {name: options[name] for name in DEFAULTS if options[name] is not None}
-    given["images_sha256"] = hashlib.sha256(x_train).hexdigest()  # of those that it learns from
+    given["images_sha256"] = hashlib.sha256(x_train).hexdigest()
     try:
         (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -1039,8 +1068,8 @@ def opened_run(args):
 def main(argv=None):
     """Do what the command line says, or a list of its words; return the exit status.
 
-    It is 0, or 130 after Ctrl-C. Raises SystemExit: with status 2 after a UsageError, before
-    any file of a run is changed; with status 1 after a fault in a run.
+    It is 0, or 130 after Ctrl-C. Raises SystemExit: with status 2 after a UsageError, which
+    comes before `Run.prepare` changes any file; with status 1 after a fault in a run.
     """
     words = sys.argv[1:] if argv is None else argv
     args = make_parser().parse_args(words)

@@ -100,6 +100,7 @@ def test_show_without_a_display_says_so_whatever_a_notebook_hands_down(tmp_path)
 def test_window_shows_the_picture_as_it_is_on_the_disk(drawn, monkeypatch, tmp_path):
     from matplotlib import pyplot as plt
 
+    monkeypatch.setattr(plt, "get_backend", lambda: "a window's")
     monkeypatch.setattr(plt, "show", lambda: plt.savefig(tmp_path / "shown.png"))
     vae_mnist.show_picture(drawn[2])
     shown = matplotlib.image.imread(tmp_path / "shown.png")
