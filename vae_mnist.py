@@ -17,7 +17,7 @@ The tutorial's program ends at the line "beyond the tutorial". Then come:
     a trained model     restore, trained
     what it has learnt  evaluate
     the page            explore: explore.html, the model in a browser
-    the report          report: figures and pictures of the test set
+    the report          report: measurements and pictures of the test set
     the command line    main
 
 Source: Nate Merrill, "Implementing an MNIST Variational Autoencoder in TensorFlow", 2019.
@@ -54,9 +54,8 @@ SIDE = 28  # pixels along an edge of an image
 PIXELS = SIDE * SIDE  # D
 LATENT = 2  # K; the pictures and the integral in `evaluate` need the codes to lie in a plane
 # Each network is a pair: the units of its layers with ELU, and those of the linear layers after
-# them. (The decoder's sigmoid comes later.) "tutorial" is what the tutorial lists; "mirrored" is
-# the encoder backwards, as one may read its text. (The 4 is the tutorial's, too: its decoder
-# repeats the encoder's layers before it comes to the pixels.)
+# them. The tutorial's listing has a decoder that repeats the encoder's layers, down to 4 units,
+# before it comes to the pixels. Its text ("upscale") suggests the encoder backwards: "mirrored".
 ENCODER = ([256, 128, 64], [2 * LATENT])
 DECODERS = {"tutorial": ([256, 128, 64], [4, PIXELS]), "mirrored": ([64, 128, 256], [PIXELS])}
 BATCH_SIZE = 256  # images an iteration
@@ -130,7 +129,8 @@ class VAE:
         # Input data Tensor
         self.x = tf.placeholder(tf.float32, [None, PIXELS], name="x")  # (B, D) in [0, 1]
         # epsilon is a sample from a N(0, 1) distribution. Seed and iteration decide it: each update
-        # has other noise, and the same update has the same noise when a run is resumed.
+        # has other noise, and the same update has the same noise when a run is resumed. (In an
+        # update, `iteration` changes last.)
         shape = [tf.shape(self.x)[0], LATENT]
         self.eps = tf.random.stateless_normal(shape, seed=[seed, self.iteration])
         self.mu, self.log_sig_sq, self.z, self.logits = self.forward(self.x, self.eps)
@@ -153,12 +153,11 @@ class VAE:
 
         # The tutorial's text leaves out `step` and the optimizer, which is Adam with its defaults:
         #     self.opt = adam.minimize(self.loss, global_step=self.iteration)
-        # `fast_update`, beyond the tutorial, makes the same update in 0.6 of the time, and adds
-        # 1 to iteration, too. It uses x, eps, weights and forward, but no loss: it has their
-        # derivatives written down. So if you change a loss, use `minimize`.
+        # `fast_update` does the same in 0.6 of the time. But it does not look at self.loss: it has
+        # the derivatives of the losses written down. So if you change a loss, use `minimize`.
         adam = tf.train.AdamOptimizer(learning_rate)
         self.opt = fast_update(self, adam, shards)
-        # Adam made its own variables with its update, so this comes after it.
+        # adam.variables() was empty until the update was made.
         self.variables = [self.iteration, *self.weights, *adam.variables()]
         self.saver = tf.train.Saver(self.variables)
 
@@ -270,7 +269,7 @@ def read_part(archive, part):
         raise ValueError(f"x_{part} is {images.dtype} {images.shape}; {expected}")
     low = images.min()
     high = images.max()
-    if low < 0 or high > 255 or high < 2:  # to 1: scaled already, or black and white
+    if low < 0 or high > 255 or high < 2:  # a highest of 1: black and white, or scaled
         found = f"x_{part} has values from {low} to {high}"
         raise ValueError(f"{found}; expected grey from 0 to 255")
     images = np.ascontiguousarray(images.reshape(-1, SIDE, SIDE), np.uint8)
@@ -346,7 +345,7 @@ def train(model, sess, x_train, run, log_every, checkpoint_every):
             sess.run(model.opt, {model.x: x_batch})
         run.made = i + 1
         if run.made % checkpoint_every == 0 or run.made == run.wanted:
-            run.save(model, sess, x_batch)  # the batch is for trying the new weights on it
+            run.save(model, sess, x_batch)  # unless the losses of x_batch are not finite now
 
 
 def train_and_draw(run, x_train, test, args):
@@ -354,15 +353,18 @@ def train_and_draw(run, x_train, test, args):
 
     `test` is a pair, the test images and their labels. `args` has the options by name.
     """
-    with tf.Graph().as_default(), session(run.settings["shards"]) as sess:
-        model = VAE(**model_settings(run.settings))
+    settings = run.settings
+    with tf.Graph().as_default(), session(settings["shards"]) as sess:  # a tf.Session
+        model = VAE(
+            settings["learning_rate"], settings["seed"], settings["shards"], settings["decoder"]
+        )
         sess.run(tf.global_variables_initializer())
-        run.start(model, sess)  # from its newest checkpoint, if it has one
+        run.start(model, sess)  # restores the newest checkpoint, if the run has one
         train(model, sess, x_train, run, args.log_every, args.checkpoint_every)
         path = run.directory / "latent.png"
         with replacing(path) as temporary:  # so that latent.png is never half written
             display_manifold(model, sess, temporary)
-        draw_more(model, sess, test, run, args)  # the page; as options say, a report, a window
+        draw_page_and_report(model, sess, test, run, args)
 
 
 # ==================================================================== beyond the tutorial
@@ -431,8 +433,8 @@ DEFAULTS = {
     "seed": 0,
     "shards": SHARDS,
 }
-# What --resume cannot change, nor the training images. More iterations, or a lower learning rate
-# after losses that were not finite, hold from there on.
+# --resume refuses to change these, and the training images (by their hash, in `resume_run`). Other
+# iterations, or another learning rate, hold for the updates that are still to come.
 KEPT = ("batch_size", "decoder", "seed", "shards")
 # Files that are removed when training goes on, since they will be out of date:
 RESULTS = ("latent.png", "explore.html", "metrics.json", "report.png")
@@ -440,7 +442,7 @@ RESULTS = ("latent.png", "explore.html", "metrics.json", "report.png")
 
 @contextmanager
 def locked(directory):
-    """Keep other processes out of a run, where the system can. A kill ends the lock, too."""
+    """Keep other processes out of a run's directory, which exists. A kill ends the lock, too."""
     with open(directory / "checkpoints" / "lock", "a") as file:
         try:
             import fcntl
@@ -449,7 +451,7 @@ def locked(directory):
         except BlockingIOError as error:  # a kind of OSError
             raise UsageError(f"{directory}: another run is at work there") from error
         except (ImportError, OSError):
-            pass  # Windows and some network file systems have no such locks
+            pass  # without a lock: Windows and some network file systems have none
         yield
 
 
@@ -490,8 +492,8 @@ class Run:
         latent.png, explore.html        the results
         metrics.json, report.png        the results of --report
 
-    On disk, the run makes progress when `checkpoint` is replaced, and only then. By that time the new
-    checkpoint and its part of log.csv are on the disk. What a killed run wrote later is
+    On disk, the run makes progress when `checkpoint` is replaced, and only then. By that time
+    the new checkpoint and its part of log.csv are on the disk. What a killed run wrote later is
     dropped, and made again with the same bits: seed and iteration decide all randomness.
     """
 
@@ -514,14 +516,14 @@ class Run:
         """Set the variables to those of the newest checkpoint, if there is one; clean up."""
         if self.made > 0:
             restore(model, sess, self.checkpoints)
-        # Nothing has changed any file of a run so far; from here on, nothing is refused.
+        # All that raises UsageError is above this line. Files of a run change only below it.
         self.prepare()
 
     def prepare(self):
-        """Write the settings, and remove what is older or newer than the newest checkpoint."""
+        """Write run.json; remove all that does not belong to the newest checkpoint."""
         if self.made == 0:
-            # A new run, perhaps in the place of an older one. run.json goes first: without it,
-            # the directory counts as empty, and the next run cleans up the rest.
+            # A new run, perhaps in the place of an older one. run.json goes first: if we are
+            # killed then, there is no run, and the next start comes here again.
             for name in ("run.json", "checkpoint"):
                 (self.checkpoints / name).unlink(missing_ok=True)
         with replacing(self.checkpoints / "run.json") as temporary:  # some settings may be new
@@ -534,7 +536,7 @@ class Run:
         lines = ["iteration,kld,rec_loss\n"]
         if self.log_path.exists():
             for line in self.log_path.read_text().splitlines(keepends=True):
-                iteration = line.partition(",")[0]  # not a number in the first line
+                iteration = line.partition(",")[0]  # in the first line, not a number
                 is_whole = line.endswith("\n")  # a kill may have torn the last line
                 if is_whole and iteration.isdecimal() and int(iteration) < self.made:
                     lines.append(line)
@@ -542,7 +544,7 @@ class Run:
             temporary.write_text("".join(lines))
 
     def remove_other_checkpoints(self):
-        """Remove all checkpoints but that of self.made, and what a killed save left."""
+        """Remove all checkpoints, and parts of them, but that after self.made updates."""
         for path in self.checkpoints.glob("vae_mnist-*"):
             if not path.name.startswith(f"vae_mnist-{self.made}."):
                 path.unlink()
@@ -565,8 +567,8 @@ class Run:
         """Save a checkpoint, if the losses of x_batch with the new weights are finite."""
         kld, rec_loss = sess.run([model.kld, model.rec_loss], {model.x: x_batch})
         self.check(self.made, kld, rec_loss)
-        # Saver writes the checkpoint's files, we sync them, and then we write the file `checkpoint`,
-        # in Saver's format. With write_state, Saver would do so before they are on the disk.
+        # 1. Saver writes the checkpoint's files. 2. They go to the disk. 3. The file `checkpoint`
+        # names them, in Saver's format. (With write_state, Saver would do 3 before 2.)
         prefix = str(self.checkpoints / "vae_mnist")
         name = model.saver.save(
             sess, prefix, global_step=self.made, write_meta_graph=False, write_state=False
@@ -586,7 +588,7 @@ def read_settings(directory):
     try:
         settings = json.loads(path.read_bytes())
     except ValueError:
-        settings = None
+        settings = "damaged"
     if not isinstance(settings, dict) or settings.keys() != {*DEFAULTS, "images_sha256"}:
         expected = "expected a run's settings, got a damaged file"
         raise UsageError(f"{path}: {expected}; --overwrite replaces it")
@@ -620,7 +622,7 @@ def resume_run(directory, older, given):
     """
     settings = {**older, **given}
     if settings["images_sha256"] != older["images_sha256"]:
-        reason = "learns from other images; give their file with --data"
+        reason = "learns from other images than these; give their file with --data"
         raise UsageError(f"--resume: the run in {directory} {reason}")
     for name in KEPT:
         if settings[name] != older[name]:
@@ -659,27 +661,23 @@ def restore(model, sess, path):
     sess.run([v.initializer for v in model.variables if v.op.name not in shapes])
 
 
-def model_settings(settings):
-    """Return those of a run's settings that VAE has as arguments."""
-    names = ("learning_rate", "seed", "shards", "decoder")
-    return {name: settings[name] for name in names}
-
-
 @contextmanager
 def trained(directory="outputs"):
     """Open the model of a run, finished or not: `with trained() as (model, sess):`.
 
-    `directory` is the run's. It may also be one into which you saved the tutorial's own program,
-    with a `tf.train.Saver`. Raises what `restore` raises.
+    `directory` is the run's. It may also be one with a checkpoint of the tutorial's own program, if
+    you gave that a `tf.train.Saver`. Raises what `restore` raises.
     """
     directory = Path(directory)
     settings = read_settings(directory)
-    with tf.Graph().as_default():
-        model = VAE() if settings is None else VAE(**model_settings(settings))
-        folder = directory if settings is None else directory / "checkpoints"
-        with session() as sess:  # its threads matter to updates alone
-            restore(model, sess, folder)
-            yield model, sess
+    folder = directory if settings is None else directory / "checkpoints"
+    settings = settings or DEFAULTS
+    with tf.Graph().as_default(), session() as sess:  # its threads matter to updates alone
+        model = VAE(
+            settings["learning_rate"], settings["seed"], settings["shards"], settings["decoder"]
+        )
+        restore(model, sess, folder)
+        yield model, sess
 
 
 # --------------------------------------------------------------------- what it has learnt
@@ -691,11 +689,11 @@ def grid_codes(reach, step):
 
 
 def joint_terms(model, sess, codes):
-    """Yield what log p(x, z) is made of, for groups of n codes: logits, (n, D), offset, (n,).
+    """Go through codes z in groups of n; yield logits, (n, D), and offset, (n,), of each, where
 
-    Since log p(x | z) = -RecLoss = x . logits - sum softplus(logits), we have
-        log p(x, z) = x . logits + offset,  offset = log p(z) - sum softplus(logits).
-    The offset is all that does not depend on x.
+        log p(x, z) = x . logits + offset,  offset = log p(z) - sum softplus(logits),
+
+    since log p(x | z) = -RecLoss = x . logits - sum softplus(logits): see `VAE`, its losses.
     """
     for first in range(0, len(codes), 400):  # 400 at a time take little memory
         z = codes[first : first + 400]
@@ -713,7 +711,7 @@ def log_likelihood(model, sess, x, reach, step):
     log sum exp(a) is computed as max(a) + log sum exp(a - max(a)).
     """
     codes = grid_codes(reach, step)
-    codes = codes[np.sum(codes**2, axis=1) <= reach**2]  # the corners have no part in p(z)
+    codes = codes[np.sum(codes**2, axis=1) <= reach**2]  # in the corners, p(z) is negligible
     log_sum = np.full(len(x), -np.inf)  # of the codes so far, for each image
     for logits, offset in joint_terms(model, sess, codes):
         offset = offset[:, np.newaxis].astype(np.float32)  # precise enough, and fast
@@ -732,13 +730,13 @@ def evaluate(model, sess, images, seed=0, samples=20, reach=5.5, step=0.05):
         `seed` decides them.
     "KLD": equation (1).
     "-ELBO": their sum.
-    "NLL": -log p(x), from a grid of codes, `step` apart, in a disc of radius `reach`. With the
-        defaults, 38,000 codes, the mean is good to 1e-3 nats after 5,000 iterations: a step of
-        0.025 and a reach of 6.5 change it by less.
+    "NLL": -log p(x), with p(x | z) = exp(-RecLoss), from a grid of codes, `step` apart, in a
+        disc of radius `reach`. With the defaults, 38,000 codes, the mean is good to 1e-3 nats
+        after 5,000 iterations: a step of 0.025 and a reach of 6.5 change it by less.
     "KL(q || p)": (-ELBO) - NLL. Since log p(x) = ELBO + KL(q(z | x) || p(z | x)), that is the
         divergence of q(z | x) from the exact posterior p(z | x) = p(x, z) / p(x).
-    Here p(x | z) = exp(-RecLoss), which is a probability only for black and white images. So do
-    not compare NLL with figures for binarized MNIST.
+    exp(-RecLoss) is a probability only for black and white images. So do not compare NLL, or
+    -ELBO, with figures for binarized MNIST.
     """
     x = scale(images)
     rng = np.random.default_rng(seed)
@@ -761,12 +759,12 @@ def evaluate(model, sess, images, seed=0, samples=20, reach=5.5, step=0.05):
 # ------------------------------------------------------------------------------- the page
 # data/explore.html is the page's template. In the browser, it decodes the code under the mouse,
 # encodes the image that is picked or drawn, and computes the exact posterior p(z | x) on a grid
-# of codes. `page_numbers` lists what it reads, and what for.
+# of codes.
 NUMBERS_HERE = b"NUMBERS_HERE"  # what the numbers replace in the template
 PAGE_REACH = 4.5  # of the page's grid; nearly all test images have their codes within it
 PAGE_STEP = 0.075  # it has 121 x 121 codes, which take a browser two seconds
-# Ten colours that colour-blind people can tell apart. Seven are Petroff's (arXiv:2107.02270);
-# his other three are hard to see on black.
+# Ten colours that colour-blind people can tell apart, and that are seen on black. Most are
+# Petroff's (arXiv:2107.02270).
 COLOURS = [
     "#3f90da", "#b9ac70", "#a96b59", "#c1fdc4", "#92dadd",
     "#6634f8", "#94a4a2", "#717581", "#d1041a", "#e76300",
@@ -805,40 +803,44 @@ def page_layers(layers, sess):
 
 
 def page_numbers(model, sess, test, run):
-    """Return the numbers of a run that the page needs, by name; arrays `as_text`."""
+    """Return what the page's script reads, by name. Arrays are bytes in base64.
+
+    run, kind: texts; the window's title, and what the page calls an image.
+    encoder, decoder: lists of layers {kernel, bias, elu}, float32, with which it encodes and decodes.
+    codes (N, 2) float32, labels [N], colours {label: colour}: dots, at mu of each test image.
+    images (n, 28, 28) uint8, shown [n]: test images to pick from, and their labels.
+    picked: which of these is picked at first.
+    grid {n, reach}, offset (n * n,) float32: n x n codes, and `offset` of `joint_terms` for each; the
+        page adds x . logits, which gives the exact posterior.
+    losses [3]: 5, 50 and 95 % quantiles of -ELBO over test images, for the scale below an image.
+    """
     images = test[0][:10000]  # more would make a large page
     labels = test[1][:10000]
     codes, _ = model.encode(scale(images), sess)
-    x = scale(images[::10])  # every tenth image is enough for quantiles, with one code each
+    x = scale(images[::10])  # every tenth image, with one code each: enough for quantiles
     rec_losses, klds = sess.run([model.rec_losses, model.klds], {model.x: x})
+    losses = np.quantile(rec_losses + klds, [0.05, 0.5, 0.95])
     places = [np.flatnonzero(labels == label)[:2] for label in ten_classes(labels)]
     shown = np.concatenate(places)  # the places of two images for each label
     # The page begins with the image whose exact posterior is least like the encoder's Gaussian,
     # which shows most. To find it, the page's grid, which is coarse, will do.
     measured = evaluate(model, sess, images[shown], reach=PAGE_REACH, step=PAGE_STEP)
-    picked = np.argmax(measured["KL(q || p)"])
     grid = grid_codes(PAGE_REACH, PAGE_STEP)
     offsets = [offset for _, offset in joint_terms(model, sess, grid)]
     return {
-        "run": run.title,  # the window's title
-        "kind": "image" if run.settings["data"] else "digit",  # its word for an image of MNIST
-        # the network, float32
+        "run": run.title,
+        "kind": "image" if run.settings["data"] else "digit",  # without --data, it is MNIST
         "encoder": page_layers(model.encoder_layers, sess),
         "decoder": page_layers(model.decoder_layers, sess),
-        # dots on the map: mu of the test images, float32 (N, 2), their labels, a colour by label
         "codes": as_text(codes),
         "labels": labels.tolist(),
         "colours": label_colours(labels),
-        # test images to pick from, uint8 (n, 28, 28), where n = 20 for MNIST, and their labels
         "images": as_text(images[shown]),
         "shown": labels[shown].tolist(),
-        "picked": int(picked),
-        # the page's grid of n x n codes, and `offset` of `joint_terms` for each, float32. The page
-        # adds x . logits, for log p(x, z); to compute the offsets, too, would take it too long.
+        "picked": int(np.argmax(measured["KL(q || p)"])),
         "grid": {"n": round(len(grid) ** 0.5), "reach": PAGE_REACH},
         "offset": as_text(np.concatenate(offsets).astype(np.float32)),
-        # quantiles of -ELBO over the test images: 5, 50 and 95 %
-        "losses": np.quantile(rec_losses + klds, [0.05, 0.5, 0.95]).tolist(),
+        "losses": losses.tolist(),
     }
 
 
@@ -937,7 +939,7 @@ def report(model, sess, test, run):
         temporary.write_text(json.dumps(content, indent=2) + "\n")
     draw_report(model, sess, test, run, metrics)
     path = run.directory / "report.png"
-    print(f"They are in metrics.json, too; pictures in {path}", flush=True)
+    print(f"The means are in metrics.json, pictures in {path}", flush=True)
 
 
 def show_picture(path):
@@ -954,8 +956,8 @@ def show_picture(path):
     plt.show()
 
 
-def draw_more(model, sess, test, run, args):
-    """Draw what goes beyond the tutorial, and say where the pictures are."""
+def draw_page_and_report(model, sess, test, run, args):
+    """Write explore.html, say where it and latent.png are, and do what else the options ask."""
     path = run.directory / "latent.png"
     page = explore(model, sess, test, run)
     hint = f"; move through it in {page}" if page else ""
@@ -967,7 +969,7 @@ def draw_more(model, sess, test, run, args):
 
 
 # ----------------------------------------------------------------------- the command line
-def number(kind, lowest, highest):
+def number_between(kind, lowest, highest):
     """Return a function that reads an int or a float between two limits from a text."""
 
     def read(text):
@@ -1002,15 +1004,15 @@ def make_parser():
         description="Train the VAE of Nate Merrill's 2019 tutorial on MNIST.",
     )
     option = parser.add_argument
-    count = number(int, 1, 2**31 - 1)
-    seed = number(int, 0, 2**31 - 1)
-    rate = number(float, 1e-30, 1e30)
+    count = number_between(int, 1, 2**31 - 1)
+    seed = number_between(int, 0, 2**31 - 1)
+    rate = number_between(float, 1e-30, 1e30)
     for name, kind, text in [
         ("iterations", count, "updates to make"),
         ("batch_size", count, "images an iteration"),
         ("learning_rate", rate, "step size of Adam"),
         ("seed", seed, "decides weights, batches and noise"),
-        ("shards", number(int, 1, 64), "parts of a batch, a thread each"),
+        ("shards", number_between(int, 1, 64), "parts of a batch, a thread each"),
     ]:
         text = f"{text} (default: {DEFAULTS[name]})"
         option(f"--{name.replace('_', '-')}", type=kind, help=text)
@@ -1045,8 +1047,7 @@ def fail(error, status):
 def opened_run(args):
     """Yield a run, begun or resumed as the arguments say and locked, and its data."""
     directory = args.output_dir
-    # This is read before the lock, since locking makes the directory, and wrong data must leave
-    # nothing behind. A run that ends in between has the same settings.
+    # Read before the directory is made and locked: wrong data must leave nothing behind.
     older = None if args.overwrite else read_settings(directory)
     is_resumed = args.resume and older is not None
     data = args.data
@@ -1061,15 +1062,20 @@ def opened_run(args):
     except OSError as error:
         raise UsageError(f"--output-dir: {error}") from error
     with locked(directory):
-        start = resume_run if is_resumed else begin_run
-        yield start(directory, older, given), x_train, test
+        if not args.overwrite and read_settings(directory) != older:
+            raise UsageError(f"{directory}: another run began there just now")
+        if is_resumed:
+            run = resume_run(directory, older, given)
+        else:
+            run = begin_run(directory, older, given)
+        yield run, x_train, test
 
 
 def main(argv=None):
     """Do what the command line says, or a list of its words; return the exit status.
 
-    It is 0, or 130 after Ctrl-C. Raises SystemExit: with status 2 after a UsageError, which
-    comes before `Run.prepare` changes any file; with status 1 after a fault in a run.
+    It is 0, or 130 after Ctrl-C. Raises SystemExit: with status 2 after a UsageError, when no file
+    of a run has changed (see `Run.start`), and with status 1 after a fault in a run.
     """
     words = sys.argv[1:] if argv is None else argv
     args = make_parser().parse_args(words)

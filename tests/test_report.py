@@ -100,7 +100,7 @@ def test_report_prints_and_saves_what_it_measures(report):
         assert metric["standard_error"] == pytest.approx(values.std() / 200**0.5)
         line = rf"^{re.escape(name)} +{metric['mean']:.2f} \({metric['standard_error']:.2f}\)$"
         assert re.search(line, out, re.MULTILINE)
-    assert out.endswith(f"metrics.json, too; pictures in {output / 'report.png'}\n")
+    assert out.endswith(f"The means are in metrics.json, pictures in {output / 'report.png'}\n")
     kld, rec_loss, nll = (f"{figures[name].mean():.2f}" for name in ("KLD", "RecLoss", "NLL"))
     expected = f"mirrored decoder, 40 iterations, seed 7: NLL {nll} nats an image"
     assert fig._suptitle.get_text() == expected
