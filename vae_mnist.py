@@ -39,20 +39,19 @@ from pathlib import Path
 # TensorFlow reads this when it is loaded. 3 hides the messages of its C++ code; errors still
 # arrive as exceptions.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-# A notebook sets MPLBACKEND=module://... for the programs that it starts. If that module is not
-# installed here, `import matplotlib` fails. So drop it. (If matplotlib is
-# imported already, it has read it.)
+# A notebook sets MPLBACKEND=module://... for the programs that it starts. matplotlib reads that
+# when it is imported, and fails if the module is missing. We open no windows, so drop it.
 if "matplotlib" not in sys.modules and os.environ.get("MPLBACKEND", "").startswith("module://"):
     del os.environ["MPLBACKEND"]
 
 import matplotlib.figure  # not pyplot, which looks for a display
 import matplotlib.style
 import numpy as np
-import tensorflow.compat.v1 as tf  # TensorFlow 1's functions; they work in `with tf.Graph()`
+import tensorflow.compat.v1 as tf  # in `with tf.Graph()`, it works as TensorFlow 1 did
 
 SIDE = 28  # pixels along an edge of an image
 PIXELS = SIDE * SIDE  # D
-LATENT = 2  # K; the pictures and the integral in `evaluate` need the codes to lie in a plane
+LATENT = 2  # K; `display_manifold` and `evaluate` lay a grid of codes over a plane
 # Each network is a pair: the units of its layers with ELU, and those of the linear layers after
 # them. The tutorial's listing has a decoder that repeats the encoder's layers, down to 4 units,
 # before it comes to the pixels. Its text ("upscale") suggests the encoder backwards: "mirrored".
@@ -60,7 +59,7 @@ ENCODER = ([256, 128, 64], [2 * LATENT])
 DECODERS = {"tutorial": ([256, 128, 64], [4, PIXELS]), "mirrored": ([64, 128, 256], [PIXELS])}
 BATCH_SIZE = 256  # images an iteration
 LEARNING_RATE = 0.001  # Adam's own default
-SHARDS = 2  # parts of a batch that are computed at the same time, for speed: see `fast_update`
+SHARDS = 2  # for speed only: parts of a batch that `fast_update` computes at the same time
 DATA = Path(__file__).resolve().parent / "data"  # has mnist.npz, and the page's template
 
 
@@ -72,7 +71,7 @@ class UsageError(ValueError):
 class Dense:
     """A fully connected layer, as `tf.layers.dense` made it; TensorFlow 2.16 removed that.
 
-    Its weights are made here, once, and used in every call. They have the names that
+    Its weights are made here, once, and used in every call (`fast_update` has more calls). They have the names that
     `tf.layers.dense` gave them, so that `trained` can open a checkpoint that was saved from
     the tutorial's own program, by a `tf.train.Saver`.
     """
@@ -129,8 +128,7 @@ class VAE:
         # Input data Tensor
         self.x = tf.placeholder(tf.float32, [None, PIXELS], name="x")  # (B, D) in [0, 1]
         # epsilon is a sample from a N(0, 1) distribution. Seed and iteration decide it: each update
-        # has other noise, and the same update has the same noise when a run is resumed. (In an
-        # update, `iteration` changes last.)
+        # has other noise, and the same update has the same noise when a run is resumed.
         shape = [tf.shape(self.x)[0], LATENT]
         self.eps = tf.random.stateless_normal(shape, seed=[seed, self.iteration])
         self.mu, self.log_sig_sq, self.z, self.logits = self.forward(self.x, self.eps)
@@ -153,11 +151,11 @@ class VAE:
 
         # The tutorial's text leaves out `step` and the optimizer, which is Adam with its defaults:
         #     self.opt = adam.minimize(self.loss, global_step=self.iteration)
-        # `fast_update` does the same in 0.6 of the time. But it does not look at self.loss: it has
-        # the derivatives of the losses written down. So if you change a loss, use `minimize`.
+        # `fast_update` does the same in 0.6 of the time. But if you change a loss, use `minimize`,
+        # because `fast_update` does not look at self.loss: it has the derivatives written down.
         adam = tf.train.AdamOptimizer(learning_rate)
         self.opt = fast_update(self, adam, shards)
-        # adam.variables() was empty until the update was made.
+        # All that a checkpoint holds. (Adam has its variables since its update was built.)
         self.variables = [self.iteration, *self.weights, *adam.variables()]
         self.saver = tf.train.Saver(self.variables)
 
@@ -182,8 +180,7 @@ class VAE:
     def step(self, batch, sess):
         """Make one update on a batch, (B, D) in [0, 1]; return kld, rec_loss before it."""
         # Two calls: within one, TensorFlow may read the weights before or after they change.
-        # Both have the same noise, since only the update changes `iteration`. (`train` calls
-        # `step` only for iterations that are logged.)
+        # Both have the same noise, since only the update changes `iteration`.
         kld, rec_loss = sess.run([self.kld, self.rec_loss], {self.x: batch})
         sess.run(self.opt, {self.x: batch})
         return float(kld), float(rec_loss)
@@ -200,7 +197,9 @@ class VAE:
 
 
 # -------------------------------------------------------------------------------- picture
-@matplotlib.style.context("default")  # as a decorator; it ignores the user's matplotlibrc
+@matplotlib.style.context(
+    "default"
+)  # matplotlib's own style, whatever the user's matplotlibrc says
 def display_manifold(model, sess, path="latent.png"):
     """Draw 30 x 30 images, decoded over [-2, 2] in both latent dimensions, into a file.
 
@@ -220,11 +219,11 @@ def display_manifold(model, sess, path="latent.png"):
     side = size + 2 * margin  # 1,000 pixels
     fig = matplotlib.figure.Figure(figsize=(side / 100, side / 100), dpi=100)
     # The images as they are; imshow would resample them.
-    fig.figimage(figure, margin, margin, cmap="Greys_r", vmin=0, vmax=1)
+    fig.figimage(figure, margin, margin, cmap="Greys_r", vmin=0, vmax=1, origin="upper")
     area = (margin / side, margin / side, size / side, size / side)  # that of the images
     axes = fig.add_axes(area, frame_on=False)
     step = 4 / (n - 1)
-    edge = 2 + step / 2  # the outermost images have their middle at 2
+    edge = 2 + step / 2  # of the outermost images, which have their middle at 2
     axes.set(xlim=(-edge, edge), ylim=(-edge, edge))
     axes.set(xticks=np.linspace(-2, 2, 9), yticks=np.linspace(-2, 2, 9))
     axes.set(xlabel="z[0]", ylabel="z[1]")
@@ -254,7 +253,7 @@ def load_mnist(path=None):
         raise
     except Exception as error:  # of many kinds: NumPy, zipfile, zlib, Keras, and read_part
         raise UsageError(
-            f"{file}: expected an .npz archive with x_train, y_train, x_test and y_test; "
+            f"{file}: expected an .npz archive with x_train, x_test, y_train and y_test; "
             f'{error}; README has a recipe, "Other data"'
         ) from error
 
@@ -269,9 +268,10 @@ def read_part(archive, part):
         raise ValueError(f"x_{part} is {images.dtype} {images.shape}; {expected}")
     low = images.min()
     high = images.max()
-    if low < 0 or high > 255 or high < 2:  # a highest of 1: black and white, or scaled
+    if low < 0 or high > 255 or high < 2:  # up to 1, they are not grey
         found = f"x_{part} has values from {low} to {high}"
         raise ValueError(f"{found}; expected grey from 0 to 255")
+    # contiguous, for the hash in `opened_run`
     images = np.ascontiguousarray(images.reshape(-1, SIDE, SIDE), np.uint8)
 
     labels = archive[f"y_{part}"] if f"y_{part}" in archive else np.zeros(count, np.uint8)
@@ -328,10 +328,9 @@ def progress(first, last):
 def train(model, sess, x_train, run, log_every, checkpoint_every):
     """Make the updates that a run still lacks, as the loop of the tutorial's main block does.
 
-    `run` is a `Run`, a class of the second half. It has run.settings, a dictionary; run.made, the
-    number of updates that are made; and run.wanted, that of updates to make. run.log adds a line to
-    log.csv. run.save saves a checkpoint, so that the run can be resumed. Both raise
-    FloatingPointError if the losses are not finite.
+    `run` is a `Run`, a class of the second half: run.made of run.wanted updates are made, and
+    run.settings is a dictionary. run.log adds a line to log.csv. run.save saves a checkpoint, so that
+    the run can be resumed. Both raise FloatingPointError if the losses are not finite.
     """
     settings = run.settings
     batches = random_batches(x_train, settings["batch_size"], settings["seed"], run.made)
@@ -345,24 +344,26 @@ def train(model, sess, x_train, run, log_every, checkpoint_every):
             sess.run(model.opt, {model.x: x_batch})
         run.made = i + 1
         if run.made % checkpoint_every == 0 or run.made == run.wanted:
-            run.save(model, sess, x_batch)  # unless the losses of x_batch are not finite now
+            run.save(model, sess, x_batch)  # raises, if its losses are not finite by now
 
 
 def train_and_draw(run, x_train, test, args):
     """Do what the tutorial's main block does; `main` has loaded the data.
 
-    `test` is a pair, the test images and their labels. `args` has the options by name.
+    `test` is a pair, the test images and their labels. `args` has the options by name. Four
+    functions are still to come: session (threads), run.start (a checkpoint), replacing (a whole
+    file), and draw_page_and_report (the extras).
     """
     settings = run.settings
-    with tf.Graph().as_default(), session(settings["shards"]) as sess:  # a tf.Session
+    with tf.Graph().as_default(), session(settings["shards"]) as sess:
         model = VAE(
             settings["learning_rate"], settings["seed"], settings["shards"], settings["decoder"]
         )
         sess.run(tf.global_variables_initializer())
-        run.start(model, sess)  # restores the newest checkpoint, if the run has one
+        run.start(model, sess)  # from its newest checkpoint, if it has one
         train(model, sess, x_train, run, args.log_every, args.checkpoint_every)
         path = run.directory / "latent.png"
-        with replacing(path) as temporary:  # so that latent.png is never half written
+        with replacing(path) as temporary:
             display_manifold(model, sess, temporary)
         draw_page_and_report(model, sess, test, run, args)
 
@@ -372,28 +373,27 @@ def train_and_draw(run, x_train, test, args):
 def fast_update(model, adam, shards):
     """Return the operation of adam.minimize(model.loss, model.iteration), but faster.
 
-    It makes the same update, to rounding. A weight w changes the loss through three tensors: the
-    logits (RecLoss), mu and log_sig_sq (KLD). By the chain rule
-
-        d loss / d w = sum over y of slope_y d y / d w,  for y = logits, mu and log_sig_sq.
-
-    slope_y is the partial derivative of the loss by y, with the other two fixed:
+    It makes the same update, to rounding. Regard the loss as a function of three separate tensors
+    y: the logits, mu and log_sig_sq. Its partial derivatives slope_y follow from equations (2)
+    and (1):
 
         (sigmoid(logits) - x) / B,   mu / B,   (exp(log_sig_sq) - 1) / (2 B).
 
-    tf.gradients computes that sum. (The way from mu over z to the logits is part of
-    d logits / d w, and counts only there.) This takes 0.6 of the time of `minimize`, for two
-    reasons:
+    The tensors depend on the weights w, and the logits on mu and log_sig_sq, too, through z. From
+    the slopes, tf.gradients computes, by the chain rule,
 
-    - The slopes are written down here. With `minimize`, the gradient of reduce_sum asks for the
-      shape of RecLoss's terms. To answer that, TensorFlow computes the terms, (B, D), in every
-      update, though nobody needs their values.
+        d loss / d w = sum over y of slope_y (d y / d w).
+
+    This takes 0.6 of the time of `minimize`, for two reasons:
+
+    - The slopes are written down here. With `minimize`, every update also computes the terms of
+      RecLoss, (B, D), only to learn their shape, which the gradient of their sum asks for.
     - The batch is split into shards, which do not depend on each other, so that two threads
       compute them at the same time (see `session`). Two threads within one operation would be
       no faster than one: the matrices are too small.
     """
     size = tf.shape(model.x)[0] // shards
-    sizes = [size] * (shards - 1) + [-1]  # for tf.split, -1 is what is left over
+    sizes = [size] * (shards - 1) + [-1]  # -1: the rest. Shards may be empty
     batch_size = tf.cast(tf.shape(model.x)[0], tf.float32)
     gradients_of_shards = []
     with tf.name_scope("fast_update"):
@@ -405,8 +405,7 @@ def fast_update(model, adam, shards):
             gradients = tf.gradients(ys, model.weights, grad_ys=slopes)
             gradients_of_shards.append(gradients)
         gradients = [tf.add_n(parts) for parts in zip(*gradients_of_shards)]
-        # Every gradient waits for all of them, so that no weight changes while another gradient
-        # is still computed from it.
+        # No weight changes before all gradients are computed.
         gradients = tf.tuple(gradients)
         return adam.apply_gradients(zip(gradients, model.weights), model.iteration)
 
@@ -422,8 +421,8 @@ def session(shards=SHARDS):
 
 
 # ------------------------------------------------------------------------ the run on disk
-# The settings of a new run. The command line has None for an option that is not given: then a run
-# that is resumed keeps its own setting.
+# A new run takes these settings for options that are not given. A resumed run keeps its own: so the
+# command line has None for them.
 DEFAULTS = {
     "data": None,  # data/mnist.npz
     "iterations": 5000,  # a bit over 21 epochs
@@ -433,8 +432,8 @@ DEFAULTS = {
     "seed": 0,
     "shards": SHARDS,
 }
-# --resume refuses to change these, and the training images (by their hash, in `resume_run`). Other
-# iterations, or another learning rate, hold for the updates that are still to come.
+# --resume refuses to change these, or the training images (by their hash). It may change the number
+# of iterations and the learning rate, which then hold for later updates.
 KEPT = ("batch_size", "decoder", "seed", "shards")
 # Files that are removed when training goes on, since they will be out of date:
 RESULTS = ("latent.png", "explore.html", "metrics.json", "report.png")
@@ -442,7 +441,7 @@ RESULTS = ("latent.png", "explore.html", "metrics.json", "report.png")
 
 @contextmanager
 def locked(directory):
-    """Keep other processes out of a run's directory, which exists. A kill ends the lock, too."""
+    """Keep other processes out of a run. The system drops the lock when the process ends."""
     with open(directory / "checkpoints" / "lock", "a") as file:
         try:
             import fcntl
@@ -492,9 +491,9 @@ class Run:
         latent.png, explore.html        the results
         metrics.json, report.png        the results of --report
 
-    On disk, the run makes progress when `checkpoint` is replaced, and only then. By that time
-    the new checkpoint and its part of log.csv are on the disk. What a killed run wrote later is
-    dropped, and made again with the same bits: seed and iteration decide all randomness.
+    Replacing `checkpoint` is the commit: by then, the new checkpoint and its lines of log.csv are
+    on the disk. What a killed run wrote later is dropped, and made again with the same bits,
+    since seed and iteration decide all randomness. A directory without run.json holds no run.
     """
 
     def __init__(self, directory, settings, made):
@@ -516,17 +515,19 @@ class Run:
         """Set the variables to those of the newest checkpoint, if there is one; clean up."""
         if self.made > 0:
             restore(model, sess, self.checkpoints)
-        # All that raises UsageError is above this line. Files of a run change only below it.
+        # From here on files of the run change, so nothing raises UsageError after this line.
         self.prepare()
 
     def prepare(self):
         """Write run.json; remove all that does not belong to the newest checkpoint."""
         if self.made == 0:
-            # A new run, perhaps in the place of an older one. run.json goes first: if we are
-            # killed then, there is no run, and the next start comes here again.
+            # A new run, perhaps in the place of an older one, which goes first. Otherwise a kill
+            # could leave the new settings beside the older checkpoint.
             for name in ("run.json", "checkpoint"):
                 (self.checkpoints / name).unlink(missing_ok=True)
-        with replacing(self.checkpoints / "run.json") as temporary:  # some settings may be new
+        with replacing(
+            self.checkpoints / "run.json"
+        ) as temporary:  # --resume may have changed some
             temporary.write_text(json.dumps(self.settings, indent=2) + "\n")
         self.remove_other_checkpoints()
         if self.made < self.wanted:
@@ -588,20 +589,18 @@ def read_settings(directory):
     try:
         settings = json.loads(path.read_bytes())
     except ValueError:
-        settings = "damaged"
+        settings = None  # refused below
     if not isinstance(settings, dict) or settings.keys() != {*DEFAULTS, "images_sha256"}:
         expected = "expected a run's settings, got a damaged file"
         raise UsageError(f"{path}: {expected}; --overwrite replaces it")
     return settings
 
 
-# In these two functions, `given` has the settings that the user gave, by name, and always
-# "images_sha256". `older` has the settings of the run that is in the directory.
 def begin_run(directory, older, given):
     """Return a new run; settings that are not given are those of DEFAULTS.
 
-    It may replace a finished run, or one without a checkpoint, but no other. `older` is None if
-    there is no run, or if the user said --overwrite.
+    `given` has the settings that are given, and images_sha256. `older` has those of the run that is
+    there, which is replaced, unless it is under way; None, if there is none, or with --overwrite.
     """
     if older is not None:
         made = updates_made(directory)
@@ -618,11 +617,12 @@ def begin_run(directory, older, given):
 def resume_run(directory, older, given):
     """Return the run that is in the directory; settings that are not given are its own.
 
-    If it has made as many iterations as are wanted, or more, it will only draw again.
+    `given` has the settings that are given, and images_sha256; `older` has its own. If as many
+    updates are made as are wanted, or more, it will only draw again.
     """
     settings = {**older, **given}
     if settings["images_sha256"] != older["images_sha256"]:
-        reason = "learns from other images than these; give their file with --data"
+        reason = "learns from other images; give the file that it learns from with --data"
         raise UsageError(f"--resume: the run in {directory} {reason}")
     for name in KEPT:
         if settings[name] != older[name]:
@@ -654,7 +654,7 @@ def restore(model, sess, path):
                 raise UsageError(f"{name}: of another network: {reason}")
         # Not model.saver: it would expect all variables.
         present = [v for v in model.variables if v.op.name in shapes]
-        with sess.graph.as_default():  # where the caller may not be
+        with sess.graph.as_default():  # the caller may have another default graph
             tf.train.Saver(present).restore(sess, name)
     except tf.errors.OpError as error:
         raise UsageError(f"{name}: damaged: {error.message}") from error
@@ -672,7 +672,7 @@ def trained(directory="outputs"):
     settings = read_settings(directory)
     folder = directory if settings is None else directory / "checkpoints"
     settings = settings or DEFAULTS
-    with tf.Graph().as_default(), session() as sess:  # its threads matter to updates alone
+    with tf.Graph().as_default(), session() as sess:
         model = VAE(
             settings["learning_rate"], settings["seed"], settings["shards"], settings["decoder"]
         )
@@ -689,13 +689,12 @@ def grid_codes(reach, step):
 
 
 def joint_terms(model, sess, codes):
-    """Go through codes z in groups of n; yield logits, (n, D), and offset, (n,), of each, where
+    """Yield (logits, offset), arrays (n, D) and (n,), for the codes, n <= 400 at a time.
 
-        log p(x, z) = x . logits + offset,  offset = log p(z) - sum softplus(logits),
-
-    since log p(x | z) = -RecLoss = x . logits - sum softplus(logits): see `VAE`, its losses.
+    With these, log p(x, z) = x . logits + offset for any image x. For log p(x | z) = -RecLoss
+    = x . logits - sum softplus(logits), and so offset = log p(z) - sum softplus(logits).
     """
-    for first in range(0, len(codes), 400):  # 400 at a time take little memory
+    for first in range(0, len(codes), 400):  # which takes little memory
         z = codes[first : first + 400]
         logits = sess.run(model.logits, {model.z: z})
         log_pz = -np.sum(z**2, axis=1) / 2 - LATENT / 2 * np.log(2 * np.pi)  # of N(0, I)
@@ -714,7 +713,7 @@ def log_likelihood(model, sess, x, reach, step):
     codes = codes[np.sum(codes**2, axis=1) <= reach**2]  # in the corners, p(z) is negligible
     log_sum = np.full(len(x), -np.inf)  # of the codes so far, for each image
     for logits, offset in joint_terms(model, sess, codes):
-        offset = offset[:, np.newaxis].astype(np.float32)  # precise enough, and fast
+        offset = offset[:, np.newaxis].astype(np.float32)  # for a fast product
         log_joint = logits @ x.T + offset  # log p(x, z), (n, N)
         highest = np.max(log_joint, axis=0)
         total = np.sum(np.exp(log_joint - highest), axis=0)
@@ -732,11 +731,11 @@ def evaluate(model, sess, images, seed=0, samples=20, reach=5.5, step=0.05):
     "-ELBO": their sum.
     "NLL": -log p(x), with p(x | z) = exp(-RecLoss), from a grid of codes, `step` apart, in a
         disc of radius `reach`. With the defaults, 38,000 codes, the mean is good to 1e-3 nats
-        after 5,000 iterations: a step of 0.025 and a reach of 6.5 change it by less.
+        after 5,000 iterations. (A step of 0.025 and a reach of 6.5 change it by less.)
     "KL(q || p)": (-ELBO) - NLL. Since log p(x) = ELBO + KL(q(z | x) || p(z | x)), that is the
         divergence of q(z | x) from the exact posterior p(z | x) = p(x, z) / p(x).
-    exp(-RecLoss) is a probability only for black and white images. So do not compare NLL, or
-    -ELBO, with figures for binarized MNIST.
+    Over all grey images, exp(-RecLoss) does not sum to 1, as it does over black and white ones.
+    So these figures compare models of MNIST's grey images, but not with models of binarized MNIST.
     """
     x = scale(images)
     rng = np.random.default_rng(seed)
@@ -788,7 +787,7 @@ def ten_classes(labels):
 
 
 def as_text(array):
-    """Return the bytes of an array in base64, as the page reads arrays."""
+    """Return an array as the page reads it: its bytes, in base64."""
     return b64encode(np.ascontiguousarray(array).tobytes()).decode()
 
 
@@ -808,11 +807,11 @@ def page_numbers(model, sess, test, run):
     run, kind: texts; the window's title, and what the page calls an image.
     encoder, decoder: lists of layers {kernel, bias, elu}, float32, with which it encodes and decodes.
     codes (N, 2) float32, labels [N], colours {label: colour}: dots, at mu of each test image.
-    images (n, 28, 28) uint8, shown [n]: test images to pick from, and their labels.
+    images (M, 28, 28) uint8, image_labels [M]: test images to pick from.
     picked: which of these is picked at first.
     grid {n, reach}, offset (n * n,) float32: n x n codes, and `offset` of `joint_terms` for each; the
         page adds x . logits, which gives the exact posterior.
-    losses [3]: 5, 50 and 95 % quantiles of -ELBO over test images, for the scale below an image.
+    losses [3]: 5, 50 and 95 % quantiles of -ELBO over test images, for a bar that compares one.
     """
     images = test[0][:10000]  # more would make a large page
     labels = test[1][:10000]
@@ -821,10 +820,10 @@ def page_numbers(model, sess, test, run):
     rec_losses, klds = sess.run([model.rec_losses, model.klds], {model.x: x})
     losses = np.quantile(rec_losses + klds, [0.05, 0.5, 0.95])
     places = [np.flatnonzero(labels == label)[:2] for label in ten_classes(labels)]
-    shown = np.concatenate(places)  # the places of two images for each label
-    # The page begins with the image whose exact posterior is least like the encoder's Gaussian,
-    # which shows most. To find it, the page's grid, which is coarse, will do.
-    measured = evaluate(model, sess, images[shown], reach=PAGE_REACH, step=PAGE_STEP)
+    places = np.concatenate(places)  # two for each label
+    # Picked at first is the image whose exact posterior is least like the encoder's Gaussian. The
+    # page's coarse grid is good enough to find it.
+    measured = evaluate(model, sess, images[places], reach=PAGE_REACH, step=PAGE_STEP)
     grid = grid_codes(PAGE_REACH, PAGE_STEP)
     offsets = [offset for _, offset in joint_terms(model, sess, grid)]
     return {
@@ -835,8 +834,8 @@ def page_numbers(model, sess, test, run):
         "codes": as_text(codes),
         "labels": labels.tolist(),
         "colours": label_colours(labels),
-        "images": as_text(images[shown]),
-        "shown": labels[shown].tolist(),
+        "images": as_text(images[places]),
+        "image_labels": labels[places].tolist(),
         "picked": int(np.argmax(measured["KL(q || p)"])),
         "grid": {"n": round(len(grid) ** 0.5), "reach": PAGE_REACH},
         "offset": as_text(np.concatenate(offsets).astype(np.float32)),
@@ -988,7 +987,7 @@ def number_between(kind, lowest, highest):
 def local_directory(text):
     """Return the path of a directory on this machine, which TensorFlow can use."""
     path = Path(text).expanduser()
-    # TensorFlow would take * ? [ \ for a pattern. Path would make a folder "gs:" of gs://bucket.
+    # TensorFlow reads * ? [ \ as a pattern. gs://bucket would become a local folder "gs:".
     if set(path.as_posix()) & set("*?[\\") or "://" in text:
         expected = "expected a directory on this machine, without * ? [ \\ in its name"
         raise argparse.ArgumentTypeError(f"{expected}, got {text!r}")
@@ -1019,7 +1018,7 @@ def make_parser():
     text = "mirrored: the encoder backwards (default: tutorial)"
     option("--decoder", choices=DECODERS, help=text)
     text = "an .npz archive (default: data/mnist.npz)"
-    option("--data", metavar="FILE", type=os.path.abspath, help=text)
+    option("--data", metavar="FILE", type=os.path.abspath, help=text)  # run.json keeps it
     text = "where the files of the run go (default: outputs)"
     option("--output-dir", type=local_directory, default=Path("outputs"), help=text)
     text = "iterations from a log line to the next (default: 100)"
@@ -1029,7 +1028,7 @@ def make_parser():
     either = parser.add_mutually_exclusive_group()
     text = "go on with the run in --output-dir, or begin one there"
     either.add_argument("--resume", action="store_true", help=text)
-    text = "replace an unfinished run"
+    text = "replace the run in --output-dir, finished or not"
     either.add_argument("--overwrite", action="store_true", help=text)
     option("--report", action="store_true", help="also measure and show the test set")
     option("--show", action="store_true", help="also open the picture in a window")
@@ -1054,7 +1053,7 @@ def opened_run(args):
     if is_resumed and data is None:
         data = older["data"]
     (x_train, _), test = load_mnist(data)
-    options = vars(args)
+    options = vars(args)  # the keys of DEFAULTS are names of options
     given = {name: options[name] for name in DEFAULTS if options[name] is not None}
     given["images_sha256"] = hashlib.sha256(x_train).hexdigest()
     try:
@@ -1062,6 +1061,7 @@ def opened_run(args):
     except OSError as error:
         raise UsageError(f"--output-dir: {error}") from error
     with locked(directory):
+        # Another process may have begun a run since we looked: look again.
         if not args.overwrite and read_settings(directory) != older:
             raise UsageError(f"{directory}: another run began there just now")
         if is_resumed:
@@ -1074,8 +1074,8 @@ def opened_run(args):
 def main(argv=None):
     """Do what the command line says, or a list of its words; return the exit status.
 
-    It is 0, or 130 after Ctrl-C. Raises SystemExit: with status 2 after a UsageError, when no file
-    of a run has changed (see `Run.start`), and with status 1 after a fault in a run.
+    It is 0, or 130 after Ctrl-C. Raises SystemExit: with status 2 after a UsageError (no file
+    of a run has changed), with status 1 after a fault in a run.
     """
     words = sys.argv[1:] if argv is None else argv
     args = make_parser().parse_args(words)
