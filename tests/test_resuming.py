@@ -104,7 +104,7 @@ def test_resume_with_another_setting_is_refused(run_folder, tmp_path, capsys):
     other = tmp_path / "other.npz"
     np.savez(other, x_train=images, x_test=images)
     err = refused(capsys, run_folder, "--resume", "--data", other)
-    assert "learns from other images than these; give their file with --data" in err
+    assert "learns from other images; give the file that it learns from with --data" in err
 
 
 @pytest.mark.slow
