@@ -59,21 +59,20 @@ ENCODER = ([256, 128, 64], [2 * LATENT])
 DECODERS = {"tutorial": ([256, 128, 64], [4, PIXELS]), "mirrored": ([64, 128, 256], [PIXELS])}
 BATCH_SIZE = 256  # images an iteration
 LEARNING_RATE = 0.001  # Adam's own default
-SHARDS = 2  # for speed only: parts of a batch that `fast_update` computes at the same time
 DATA = Path(__file__).resolve().parent / "data"  # has mnist.npz, and the page's template
 
 
 class UsageError(ValueError):
-    """What the user gave is wrong: an option, a file of data, a directory or a checkpoint."""
+    """What the user gave is wrong. It is raised before any file of a run changes."""
 
 
 # ---------------------------------------------------------------------------------- model
 class Dense:
     """A fully connected layer, as `tf.layers.dense` made it; TensorFlow 2.16 removed that.
 
-    Its weights are made here, once, and used in every call (`fast_update` has more calls). They have the names that
-    `tf.layers.dense` gave them, so that `trained` can open a checkpoint that was saved from
-    the tutorial's own program, by a `tf.train.Saver`.
+    Its weights are made here, once, since `VAE` and `fast_update` both call it. They have the
+    names that `tf.layers.dense` gave them, so that `trained` can open a checkpoint that was
+    saved from the tutorial's own program, by a `tf.train.Saver`.
     """
 
     def __init__(self, input_units, units, activation=None):
@@ -112,11 +111,12 @@ class VAE:
     the operation that makes one update.
 
     `seed` decides the first weights; `seed` and `iteration`, the number of updates made,
-    decide the noise `eps`. `shards` changes results by rounding alone. `decoder` is a key of
+    decide the noise `eps`. `shards` is for speed, see `fast_update`, and changes
+    results by rounding alone. `decoder` is a key of
     DECODERS.
     """
 
-    def __init__(self, learning_rate=LEARNING_RATE, seed=0, shards=SHARDS, decoder="tutorial"):
+    def __init__(self, learning_rate=LEARNING_RATE, seed=0, shards=2, decoder="tutorial"):
         tf.set_random_seed(seed)
         self.iteration = tf.Variable(0, trainable=False, dtype=tf.int64, name="global_step")
         self.encoder_layers = dense_layers(PIXELS, *ENCODER)
@@ -155,7 +155,7 @@ class VAE:
         # because `fast_update` does not look at self.loss: it has the derivatives written down.
         adam = tf.train.AdamOptimizer(learning_rate)
         self.opt = fast_update(self, adam, shards)
-        # All that a checkpoint holds. (Adam has its variables since its update was built.)
+        # All that a checkpoint holds. (Adam made its variables in the line above.)
         self.variables = [self.iteration, *self.weights, *adam.variables()]
         self.saver = tf.train.Saver(self.variables)
 
@@ -179,8 +179,8 @@ class VAE:
 
     def step(self, batch, sess):
         """Make one update on a batch, (B, D) in [0, 1]; return kld, rec_loss before it."""
-        # Two calls: within one, TensorFlow may read the weights before or after they change.
-        # Both have the same noise, since only the update changes `iteration`.
+        # Two calls, since within one, TensorFlow may read the weights before or after they change.
+        # (`train` calls `step` only for iterations that are logged, and `opt` alone for others.)
         kld, rec_loss = sess.run([self.kld, self.rec_loss], {self.x: batch})
         sess.run(self.opt, {self.x: batch})
         return float(kld), float(rec_loss)
@@ -197,9 +197,8 @@ class VAE:
 
 
 # -------------------------------------------------------------------------------- picture
-@matplotlib.style.context(
-    "default"
-)  # matplotlib's own style, whatever the user's matplotlibrc says
+# In matplotlib's own style, whatever the user's matplotlibrc says.
+@matplotlib.style.context("default")
 def display_manifold(model, sess, path="latent.png"):
     """Draw 30 x 30 images, decoded over [-2, 2] in both latent dimensions, into a file.
 
@@ -241,7 +240,8 @@ def load_mnist(path=None):
     Returns (x_train, y_train), (x_test, y_test): images, uint8 (N, 28, 28) from 0 to 255,
     and labels, integers (N,). So that data sets like MNIST load as they are published, the
     file may have images (N, 784) or (N, 28, 28, 1), of any integer type, and labels (N, 1). It
-    may lack the labels; then they are 0. Raises UsageError, a ValueError, for any other or no file.
+    may lack the labels; then they are 0. Raises UsageError, a ValueError, if
+    there is no file, or if it has something else.
     """
     file = DATA / "mnist.npz" if path is None else Path(path)
     try:
@@ -268,11 +268,10 @@ def read_part(archive, part):
         raise ValueError(f"x_{part} is {images.dtype} {images.shape}; {expected}")
     low = images.min()
     high = images.max()
-    if low < 0 or high > 255 or high < 2:  # up to 1, they are not grey
+    if low < 0 or high > 255 or high < 2:  # 0 and 1: black and white, not grey
         found = f"x_{part} has values from {low} to {high}"
         raise ValueError(f"{found}; expected grey from 0 to 255")
-    # contiguous, for the hash in `opened_run`
-    images = np.ascontiguousarray(images.reshape(-1, SIDE, SIDE), np.uint8)
+    images = images.reshape(-1, SIDE, SIDE).astype(np.uint8)
 
     labels = archive[f"y_{part}"] if f"y_{part}" in archive else np.zeros(count, np.uint8)
     if labels.dtype.kind not in "iu" or labels.size != count:
@@ -299,7 +298,7 @@ def random_batches(x_train, batch_size=BATCH_SIZE, seed=0, first=0):
     `first` above 0.
     """
     for i in itertools.count(first):
-        rng = np.random.default_rng([seed, i])
+        rng = np.random.default_rng([seed, i])  # so that none has to be drawn before `first`
         batch_idx = rng.integers(len(x_train), size=batch_size)
         yield scale(x_train[batch_idx])
 
@@ -344,28 +343,27 @@ def train(model, sess, x_train, run, log_every, checkpoint_every):
             sess.run(model.opt, {model.x: x_batch})
         run.made = i + 1
         if run.made % checkpoint_every == 0 or run.made == run.wanted:
-            run.save(model, sess, x_batch)  # raises, if its losses are not finite by now
+            run.save(model, sess, x_batch)  # with the batch, to check its losses
 
 
 def train_and_draw(run, x_train, test, args):
     """Do what the tutorial's main block does; `main` has loaded the data.
 
-    `test` is a pair, the test images and their labels. `args` has the options by name. Four
-    functions are still to come: session (threads), run.start (a checkpoint), replacing (a whole
-    file), and draw_page_and_report (the extras).
+    `test` is a pair, the test images and their labels. `args` has the options by name. The
+    functions that you have not met are in the second half.
     """
     settings = run.settings
-    with tf.Graph().as_default(), session(settings["shards"]) as sess:
+    with tf.Graph().as_default(), session(settings["shards"]) as sess:  # a thread for each shard
         model = VAE(
             settings["learning_rate"], settings["seed"], settings["shards"], settings["decoder"]
         )
         sess.run(tf.global_variables_initializer())
-        run.start(model, sess)  # from its newest checkpoint, if it has one
+        run.set_up(model, sess)  # restore its newest checkpoint, if it has one; clean up
         train(model, sess, x_train, run, args.log_every, args.checkpoint_every)
         path = run.directory / "latent.png"
-        with replacing(path) as temporary:
+        with replacing(path) as temporary:  # so that latent.png is never half written
             display_manifold(model, sess, temporary)
-        draw_page_and_report(model, sess, test, run, args)
+        draw_page_and_report(model, sess, test, run, args)  # what goes beyond the tutorial
 
 
 # ==================================================================== beyond the tutorial
@@ -379,21 +377,22 @@ def fast_update(model, adam, shards):
 
         (sigmoid(logits) - x) / B,   mu / B,   (exp(log_sig_sq) - 1) / (2 B).
 
-    The tensors depend on the weights w, and the logits on mu and log_sig_sq, too, through z. From
-    the slopes, tf.gradients computes, by the chain rule,
+    From these, tf.gradients computes, by the chain rule, for a weight w
 
         d loss / d w = sum over y of slope_y (d y / d w).
 
+    (So mu has its part in KLD by its own slope, and its part in RecLoss, through z and the logits,
+    by theirs.)
     This takes 0.6 of the time of `minimize`, for two reasons:
 
-    - The slopes are written down here. With `minimize`, every update also computes the terms of
-      RecLoss, (B, D), only to learn their shape, which the gradient of their sum asks for.
+    - The slopes are written down here. `minimize` has the gradient of reduce_sum, which asks for
+      the shape of RecLoss's terms, (B, D), and so TensorFlow computes them in every update.
     - The batch is split into shards, which do not depend on each other, so that two threads
       compute them at the same time (see `session`). Two threads within one operation would be
       no faster than one: the matrices are too small.
     """
     size = tf.shape(model.x)[0] // shards
-    sizes = [size] * (shards - 1) + [-1]  # -1: the rest. Shards may be empty
+    sizes = [size] * (shards - 1) + [-1]  # 5 images in 2 shards: 2 and the rest
     batch_size = tf.cast(tf.shape(model.x)[0], tf.float32)
     gradients_of_shards = []
     with tf.name_scope("fast_update"):
@@ -405,12 +404,12 @@ def fast_update(model, adam, shards):
             gradients = tf.gradients(ys, model.weights, grad_ys=slopes)
             gradients_of_shards.append(gradients)
         gradients = [tf.add_n(parts) for parts in zip(*gradients_of_shards)]
-        # No weight changes before all gradients are computed.
+        # tf.tuple: no weight changes before all gradients are computed.
         gradients = tf.tuple(gradients)
         return adam.apply_gradients(zip(gradients, model.weights), model.iteration)
 
 
-def session(shards=SHARDS):
+def session(shards=2):
     """Open a session on the current graph, with a thread for each of several shards."""
     config = tf.ConfigProto()
     config.gpu_options.allow_growth = True  # take a GPU's memory as it is needed
@@ -421,8 +420,8 @@ def session(shards=SHARDS):
 
 
 # ------------------------------------------------------------------------ the run on disk
-# A new run takes these settings for options that are not given. A resumed run keeps its own: so the
-# command line has None for them.
+# The settings of a new run, where the command line does not give them. It has None for those, not
+# these, since a resumed run keeps its own.
 DEFAULTS = {
     "data": None,  # data/mnist.npz
     "iterations": 5000,  # a bit over 21 epochs
@@ -430,11 +429,11 @@ DEFAULTS = {
     "learning_rate": LEARNING_RATE,
     "decoder": "tutorial",
     "seed": 0,
-    "shards": SHARDS,
+    "shards": 2,
 }
 # --resume refuses to change these, or the training images (by their hash). It may change the number
 # of iterations and the learning rate, which then hold for later updates.
-KEPT = ("batch_size", "decoder", "seed", "shards")
+KEPT = ("batch_size", "decoder", "seed", "shards")  # with others, its bits would differ
 # Files that are removed when training goes on, since they will be out of date:
 RESULTS = ("latent.png", "explore.html", "metrics.json", "report.png")
 
@@ -491,9 +490,10 @@ class Run:
         latent.png, explore.html        the results
         metrics.json, report.png        the results of --report
 
-    Replacing `checkpoint` is the commit: by then, the new checkpoint and its lines of log.csv are
-    on the disk. What a killed run wrote later is dropped, and made again with the same bits,
-    since seed and iteration decide all randomness. A directory without run.json holds no run.
+    A checkpoint counts from the moment when the file `checkpoint` names it. By then, it is on the
+    disk, and so are its lines of log.csv. What a killed run wrote later is dropped, and made
+    again with the same bits, since seed and iteration decide all randomness. A directory
+    without run.json holds no run.
     """
 
     def __init__(self, directory, settings, made):
@@ -511,23 +511,22 @@ class Run:
         seed = self.settings["seed"]
         return f"{decoder} decoder, {self.made:,} iterations, seed {seed}"
 
-    def start(self, model, sess):
+    def set_up(self, model, sess):
         """Set the variables to those of the newest checkpoint, if there is one; clean up."""
         if self.made > 0:
             restore(model, sess, self.checkpoints)
-        # From here on files of the run change, so nothing raises UsageError after this line.
-        self.prepare()
+        # Only now files change: what could raise UsageError is done.
+        self.clean_up()
 
-    def prepare(self):
+    def clean_up(self):
         """Write run.json; remove all that does not belong to the newest checkpoint."""
         if self.made == 0:
-            # A new run, perhaps in the place of an older one, which goes first. Otherwise a kill
-            # could leave the new settings beside the older checkpoint.
+            # A new run, perhaps in the place of an older one, which goes first: if we are killed
+            # in between, there is no run.
             for name in ("run.json", "checkpoint"):
                 (self.checkpoints / name).unlink(missing_ok=True)
-        with replacing(
-            self.checkpoints / "run.json"
-        ) as temporary:  # --resume may have changed some
+        # In a resumed run, too: --iterations and --learning-rate may have changed.
+        with replacing(self.checkpoints / "run.json") as temporary:
             temporary.write_text(json.dumps(self.settings, indent=2) + "\n")
         self.remove_other_checkpoints()
         if self.made < self.wanted:
@@ -537,7 +536,7 @@ class Run:
         lines = ["iteration,kld,rec_loss\n"]
         if self.log_path.exists():
             for line in self.log_path.read_text().splitlines(keepends=True):
-                iteration = line.partition(",")[0]  # in the first line, not a number
+                iteration = line.partition(",")[0]  # in the header, not a number
                 is_whole = line.endswith("\n")  # a kill may have torn the last line
                 if is_whole and iteration.isdecimal() and int(iteration) < self.made:
                     lines.append(line)
@@ -589,22 +588,22 @@ def read_settings(directory):
     try:
         settings = json.loads(path.read_bytes())
     except ValueError:
-        settings = None  # refused below
+        settings = None
     if not isinstance(settings, dict) or settings.keys() != {*DEFAULTS, "images_sha256"}:
         expected = "expected a run's settings, got a damaged file"
         raise UsageError(f"{path}: {expected}; --overwrite replaces it")
     return settings
 
 
-def begin_run(directory, older, given):
+def new_run(directory, older, given):
     """Return a new run; settings that are not given are those of DEFAULTS.
 
-    `given` has the settings that are given, and images_sha256. `older` has those of the run that is
-    there, which is replaced, unless it is under way; None, if there is none, or with --overwrite.
+    `given` has the settings that are given, and images_sha256. `older` has the settings of the run
+    in the directory, or is None. If that run is not finished, it is a UsageError.
     """
     if older is not None:
         made = updates_made(directory)
-        if 0 < made < older["iterations"]:
+        if 0 < made < older["iterations"]:  # without a checkpoint, there is nothing to lose
             raise UsageError(
                 f"the run in {directory} made {made} of {older['iterations']} iterations: "
                 "go on with --resume, or replace it with --overwrite"
@@ -614,10 +613,10 @@ def begin_run(directory, older, given):
     return Run(directory, {**DEFAULTS, **given}, made=0)
 
 
-def resume_run(directory, older, given):
+def resumed_run(directory, older, given):
     """Return the run that is in the directory; settings that are not given are its own.
 
-    `given` has the settings that are given, and images_sha256; `older` has its own. If as many
+    `given` has the settings that are given, and images_sha256. `older` has its own. If as many
     updates are made as are wanted, or more, it will only draw again.
     """
     settings = {**older, **given}
@@ -652,7 +651,7 @@ def restore(model, sess, path):
             if found != expected:
                 reason = f"{weight.op.name} is {found}, not {expected}"
                 raise UsageError(f"{name}: of another network: {reason}")
-        # Not model.saver: it would expect all variables.
+        # Not model.saver, which expects all variables.
         present = [v for v in model.variables if v.op.name in shapes]
         with sess.graph.as_default():  # the caller may have another default graph
             tf.train.Saver(present).restore(sess, name)
@@ -670,9 +669,11 @@ def trained(directory="outputs"):
     """
     directory = Path(directory)
     settings = read_settings(directory)
-    folder = directory if settings is None else directory / "checkpoints"
-    settings = settings or DEFAULTS
-    with tf.Graph().as_default(), session() as sess:
+    folder = directory / "checkpoints"
+    if settings is None:  # a checkpoint of the tutorial's program
+        settings = DEFAULTS
+        folder = directory
+    with tf.Graph().as_default(), session(settings["shards"]) as sess:
         model = VAE(
             settings["learning_rate"], settings["seed"], settings["shards"], settings["decoder"]
         )
@@ -694,7 +695,7 @@ def joint_terms(model, sess, codes):
     With these, log p(x, z) = x . logits + offset for any image x. For log p(x | z) = -RecLoss
     = x . logits - sum softplus(logits), and so offset = log p(z) - sum softplus(logits).
     """
-    for first in range(0, len(codes), 400):  # which takes little memory
+    for first in range(0, len(codes), 400):  # more at a time would take much memory
         z = codes[first : first + 400]
         logits = sess.run(model.logits, {model.z: z})
         log_pz = -np.sum(z**2, axis=1) / 2 - LATENT / 2 * np.log(2 * np.pi)  # of N(0, I)
@@ -713,7 +714,7 @@ def log_likelihood(model, sess, x, reach, step):
     codes = codes[np.sum(codes**2, axis=1) <= reach**2]  # in the corners, p(z) is negligible
     log_sum = np.full(len(x), -np.inf)  # of the codes so far, for each image
     for logits, offset in joint_terms(model, sess, codes):
-        offset = offset[:, np.newaxis].astype(np.float32)  # for a fast product
+        offset = offset[:, np.newaxis].astype(np.float32)  # the rest is faster so
         log_joint = logits @ x.T + offset  # log p(x, z), (n, N)
         highest = np.max(log_joint, axis=0)
         total = np.sum(np.exp(log_joint - highest), axis=0)
@@ -734,8 +735,8 @@ def evaluate(model, sess, images, seed=0, samples=20, reach=5.5, step=0.05):
         after 5,000 iterations. (A step of 0.025 and a reach of 6.5 change it by less.)
     "KL(q || p)": (-ELBO) - NLL. Since log p(x) = ELBO + KL(q(z | x) || p(z | x)), that is the
         divergence of q(z | x) from the exact posterior p(z | x) = p(x, z) / p(x).
-    Over all grey images, exp(-RecLoss) does not sum to 1, as it does over black and white ones.
-    So these figures compare models of MNIST's grey images, but not with models of binarized MNIST.
+    exp(-RecLoss) is a probability of black and white images. For grey ones it is not normalized:
+    so compare these figures only between models of the same images.
     """
     x = scale(images)
     rng = np.random.default_rng(seed)
@@ -758,7 +759,7 @@ def evaluate(model, sess, images, seed=0, samples=20, reach=5.5, step=0.05):
 # ------------------------------------------------------------------------------- the page
 # data/explore.html is the page's template. In the browser, it decodes the code under the mouse,
 # encodes the image that is picked or drawn, and computes the exact posterior p(z | x) on a grid
-# of codes.
+# of codes. (tests/test_explore.py compares what it shows with NumPy.)
 NUMBERS_HERE = b"NUMBERS_HERE"  # what the numbers replace in the template
 PAGE_REACH = 4.5  # of the page's grid; nearly all test images have their codes within it
 PAGE_STEP = 0.075  # it has 121 x 121 codes, which take a browser two seconds
@@ -862,7 +863,7 @@ def draw_codes(axes, mu, labels, kld):
     colours = label_colours(labels)
     dots = [colours[label] for label in labels.tolist()]
     axes.scatter(mu[:, 0], mu[:, 1], s=2, linewidth=0, c=dots)
-    for label in ten_classes(labels).tolist():  # no dots, but entries of the legend
+    for label in ten_classes(labels).tolist():  # empty, for the legend
         axes.scatter([], [], c=colours[label], edgecolor="black", label=label)
     axes.legend(title="label", loc="upper left", bbox_to_anchor=(1, 1))
     axes.set_facecolor("black")  # on which all of the colours are seen
@@ -1018,7 +1019,8 @@ def make_parser():
     text = "mirrored: the encoder backwards (default: tutorial)"
     option("--decoder", choices=DECODERS, help=text)
     text = "an .npz archive (default: data/mnist.npz)"
-    option("--data", metavar="FILE", type=os.path.abspath, help=text)  # run.json keeps it
+    # An absolute path, since run.json keeps it, and the run may be resumed from elsewhere.
+    option("--data", metavar="FILE", type=os.path.abspath, help=text)
     text = "where the files of the run go (default: outputs)"
     option("--output-dir", type=local_directory, default=Path("outputs"), help=text)
     text = "iterations from a log line to the next (default: 100)"
@@ -1044,9 +1046,16 @@ def fail(error, status):
 
 @contextmanager
 def opened_run(args):
-    """Yield a run, begun or resumed as the arguments say and locked, and its data."""
+    """Load the data; yield a run, which is locked, and the data.
+
+    in the directory      no option   --resume   --overwrite
+    no run                new         new        new
+    an unfinished run     refused     resumed    new
+    a finished run        new         resumed    new
+    a damaged run.json    refused     refused    new
+    """
     directory = args.output_dir
-    # Read before the directory is made and locked: wrong data must leave nothing behind.
+    # Read before the lock, which makes the directory: wrong data must leave nothing behind.
     older = None if args.overwrite else read_settings(directory)
     is_resumed = args.resume and older is not None
     data = args.data
@@ -1055,19 +1064,19 @@ def opened_run(args):
     (x_train, _), test = load_mnist(data)
     options = vars(args)  # the keys of DEFAULTS are names of options
     given = {name: options[name] for name in DEFAULTS if options[name] is not None}
-    given["images_sha256"] = hashlib.sha256(x_train).hexdigest()
+    given["images_sha256"] = hashlib.sha256(np.ascontiguousarray(x_train)).hexdigest()
     try:
         (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--output-dir: {error}") from error
     with locked(directory):
-        # Another process may have begun a run since we looked: look again.
+        # Another process may have begun a run since then.
         if not args.overwrite and read_settings(directory) != older:
             raise UsageError(f"{directory}: another run began there just now")
         if is_resumed:
-            run = resume_run(directory, older, given)
+            run = resumed_run(directory, older, given)
         else:
-            run = begin_run(directory, older, given)
+            run = new_run(directory, older, given)
         yield run, x_train, test
 
 

@@ -9,7 +9,7 @@ import zipfile
 import numpy as np
 import pytest
 import tensorflow.compat.v1 as tf
-from runs import main, stopped
+from runs import main, settings, stopped
 
 import vae_mnist
 
@@ -89,10 +89,16 @@ def test_other_forms_of_the_same_images_are_brought_into_one(form, tmp_path):
     np.savez(tmp_path / "d.npz", **arrays(**FORMS[form]))
     (x_train, y_train), (x_test, y_test) = vae_mnist.load_mnist(tmp_path / "d.npz")
     assert x_train.dtype == np.uint8 and np.array_equal(x_train, IMAGES)
-    assert x_train.flags.c_contiguous  # its hash belongs to the run
     assert np.array_equal(x_test, IMAGES[1:])
     assert y_train.dtype.kind in "iu" and y_train.tolist() == [0, 1, 2]
     assert y_test.tolist() == [1, 0]
+
+
+def test_hash_of_the_images_does_not_depend_on_their_order_in_memory(tmp_path):
+    np.savez(tmp_path / "d.npz", **arrays(x_train=np.asfortranarray(IMAGES)))
+    assert main(tmp_path / "run", "--data", tmp_path / "d.npz", "--iterations", 1) == 0
+    expected = hashlib.sha256(IMAGES.tobytes()).hexdigest()
+    assert settings(tmp_path / "run")["images_sha256"] == expected
 
 
 @pytest.mark.slow
