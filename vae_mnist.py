@@ -51,7 +51,7 @@ import tensorflow.compat.v1 as tf  # in `with tf.Graph()`, it works as TensorFlo
 
 SIDE = 28  # pixels along an edge of an image
 PIXELS = SIDE * SIDE  # D
-LATENT = 2  # K; `display_manifold` and `evaluate` lay a grid of codes over a plane
+LATENT = 2  # K; has to be 2: `display_manifold` and `evaluate` need a plane of codes
 # Each network is a pair: the units of its layers with ELU, and those of the linear layers after
 # them. The tutorial's listing has a decoder that repeats the encoder's layers, down to 4 units,
 # before it comes to the pixels. Its text ("upscale") suggests the encoder backwards: "mirrored".
@@ -70,9 +70,9 @@ class UsageError(ValueError):
 class Dense:
     """A fully connected layer, as `tf.layers.dense` made it; TensorFlow 2.16 removed that.
 
-    Its weights are made here, once, since `VAE` and `fast_update` both call it. They have the
-    names that `tf.layers.dense` gave them, so that `trained` can open a checkpoint that was
-    saved from the tutorial's own program, by a `tf.train.Saver`.
+    Its weights are made here, and used in each call: `fast_update` calls the layers again, for
+    parts of a batch. They have the names that `tf.layers.dense` gave them, so that `trained` can
+    open a checkpoint that was saved from the tutorial's own program, by a `tf.train.Saver`.
     """
 
     def __init__(self, input_units, units, activation=None):
@@ -111,9 +111,8 @@ class VAE:
     the operation that makes one update.
 
     `seed` decides the first weights; `seed` and `iteration`, the number of updates made,
-    decide the noise `eps`. `shards` is for speed, see `fast_update`, and changes
-    results by rounding alone. `decoder` is a key of
-    DECODERS.
+    decide the noise `eps`. `shards` is the number of parts into which `fast_update` splits a
+    batch, for speed; it changes results by rounding alone. `decoder` is a key of DECODERS.
     """
 
     def __init__(self, learning_rate=LEARNING_RATE, seed=0, shards=2, decoder="tutorial"):
@@ -327,9 +326,11 @@ def progress(first, last):
 def train(model, sess, x_train, run, log_every, checkpoint_every):
     """Make the updates that a run still lacks, as the loop of the tutorial's main block does.
 
-    `run` is a `Run`, a class of the second half: run.made of run.wanted updates are made, and
-    run.settings is a dictionary. run.log adds a line to log.csv. run.save saves a checkpoint, so that
-    the run can be resumed. Both raise FloatingPointError if the losses are not finite.
+    `run` is a `Run`, a class of the second half:
+    run.settings: a dictionary with the names of DEFAULTS
+    run.made, run.wanted: how many updates are made so far, and wanted in all
+    run.log, run.save: add a line to log.csv; save a checkpoint. If the losses are not finite, they
+        raise FloatingPointError.
     """
     settings = run.settings
     batches = random_batches(x_train, settings["batch_size"], settings["seed"], run.made)
@@ -343,7 +344,7 @@ def train(model, sess, x_train, run, log_every, checkpoint_every):
             sess.run(model.opt, {model.x: x_batch})
         run.made = i + 1
         if run.made % checkpoint_every == 0 or run.made == run.wanted:
-            run.save(model, sess, x_batch)  # with the batch, to check its losses
+            run.save(model, sess, x_batch)  # refuses weights that give x_batch no finite losses
 
 
 def train_and_draw(run, x_train, test, args):
@@ -358,7 +359,7 @@ def train_and_draw(run, x_train, test, args):
             settings["learning_rate"], settings["seed"], settings["shards"], settings["decoder"]
         )
         sess.run(tf.global_variables_initializer())
-        run.set_up(model, sess)  # restore its newest checkpoint, if it has one; clean up
+        run.set_up(model, sess)  # restore its newest checkpoint, if it has one; write run.json
         train(model, sess, x_train, run, args.log_every, args.checkpoint_every)
         path = run.directory / "latent.png"
         with replacing(path) as temporary:  # so that latent.png is never half written
@@ -372,7 +373,7 @@ def fast_update(model, adam, shards):
     """Return the operation of adam.minimize(model.loss, model.iteration), but faster.
 
     It makes the same update, to rounding. Regard the loss as a function of three separate tensors
-    y: the logits, mu and log_sig_sq. Its partial derivatives slope_y follow from equations (2)
+    y: the logits, mu and log_sig_sq. Its direct derivatives slope_y follow from equations (2)
     and (1):
 
         (sigmoid(logits) - x) / B,   mu / B,   (exp(log_sig_sq) - 1) / (2 B).
@@ -385,9 +386,10 @@ def fast_update(model, adam, shards):
     by theirs.)
     This takes 0.6 of the time of `minimize`, for two reasons:
 
-    - The slopes are written down here. `minimize` has the gradient of reduce_sum, which asks for
-      the shape of RecLoss's terms, (B, D), and so TensorFlow computes them in every update.
-    - The batch is split into shards, which do not depend on each other, so that two threads
+    - The slopes are written down here. `minimize` uses the gradient of reduce_sum, which needs the
+      shape of RecLoss's terms, (B, D). B is not known before they are computed, so TensorFlow
+      computes them in every update.
+    - The batch is split into shards, which do not depend on each other, so that threads
       compute them at the same time (see `session`). Two threads within one operation would be
       no faster than one: the matrices are too small.
     """
@@ -420,8 +422,8 @@ def session(shards=2):
 
 
 # ------------------------------------------------------------------------ the run on disk
-# The settings of a new run, where the command line does not give them. It has None for those, not
-# these, since a resumed run keeps its own.
+# The settings of a new run. The command line has None for an option that is not given, so that a
+# new run takes it from here, and a resumed run from its run.json.
 DEFAULTS = {
     "data": None,  # data/mnist.npz
     "iterations": 5000,  # a bit over 21 epochs
@@ -431,9 +433,9 @@ DEFAULTS = {
     "seed": 0,
     "shards": 2,
 }
-# --resume refuses to change these, or the training images (by their hash). It may change the number
-# of iterations and the learning rate, which then hold for later updates.
-KEPT = ("batch_size", "decoder", "seed", "shards")  # with others, its bits would differ
+# Settings that a resumed run may not change, nor the training images (by their hash): its bits would
+# differ. It may change, on purpose, the iterations and the learning rate of later updates.
+KEPT = ("batch_size", "decoder", "seed", "shards")
 # Files that are removed when training goes on, since they will be out of date:
 RESULTS = ("latent.png", "explore.html", "metrics.json", "report.png")
 
@@ -462,7 +464,7 @@ def to_disk(path):
 @contextmanager
 def replacing(path):
     """Yield a name to write to; then move the file to `path`, which is never half written."""
-    temporary = path.with_name(f"tmp-{path.name}")  # savefig looks at the ending
+    temporary = path.with_name(f"tmp-{path.name}")  # a prefix: savefig looks at the ending
     try:
         yield temporary
         to_disk(temporary)
@@ -504,6 +506,7 @@ class Run:
         self.wanted = settings["iterations"]
         self.checkpoints = directory / "checkpoints"
         self.log_path = directory / "log.csv"
+        self.has_begun = False  # whether files of an older run may have changed
 
     @property
     def title(self):
@@ -515,14 +518,15 @@ class Run:
         """Set the variables to those of the newest checkpoint, if there is one; clean up."""
         if self.made > 0:
             restore(model, sess, self.checkpoints)
-        # Only now files change: what could raise UsageError is done.
-        self.clean_up()
+        # From here on, files change: all checks that raise UsageError are done.
+        self.begin()
 
-    def clean_up(self):
-        """Write run.json; remove all that does not belong to the newest checkpoint."""
+    def begin(self):
+        """Write run.json, and remove all that does not belong to the newest checkpoint."""
+        self.has_begun = True
         if self.made == 0:
-            # A new run, perhaps in the place of an older one, which goes first: if we are killed
-            # in between, there is no run.
+            # A new run. First of all, the older run.json goes, so that there is no run, then the
+            # older `checkpoint`, so that there is nothing to resume from.
             for name in ("run.json", "checkpoint"):
                 (self.checkpoints / name).unlink(missing_ok=True)
         # In a resumed run, too: --iterations and --learning-rate may have changed.
@@ -568,7 +572,8 @@ class Run:
         kld, rec_loss = sess.run([model.kld, model.rec_loss], {model.x: x_batch})
         self.check(self.made, kld, rec_loss)
         # 1. Saver writes the checkpoint's files. 2. They go to the disk. 3. The file `checkpoint`
-        # names them, in Saver's format. (With write_state, Saver would do 3 before 2.)
+        # names them, in Saver's format, without the directory, which may be moved. (With
+        # write_state, Saver would do 3 before 2.)
         prefix = str(self.checkpoints / "vae_mnist")
         name = model.saver.save(
             sess, prefix, global_step=self.made, write_meta_graph=False, write_state=False
@@ -654,7 +659,7 @@ def restore(model, sess, path):
         # Not model.saver, which expects all variables.
         present = [v for v in model.variables if v.op.name in shapes]
         with sess.graph.as_default():  # the caller may have another default graph
-            tf.train.Saver(present).restore(sess, name)
+            tf.train.Saver(present).restore(sess, name)  # reads all before it sets any
     except tf.errors.OpError as error:
         raise UsageError(f"{name}: damaged: {error.message}") from error
     sess.run([v.initializer for v in model.variables if v.op.name not in shapes])
@@ -692,8 +697,9 @@ def grid_codes(reach, step):
 def joint_terms(model, sess, codes):
     """Yield (logits, offset), arrays (n, D) and (n,), for the codes, n <= 400 at a time.
 
-    With these, log p(x, z) = x . logits + offset for any image x. For log p(x | z) = -RecLoss
-    = x . logits - sum softplus(logits), and so offset = log p(z) - sum softplus(logits).
+    log p(x, z) = x . logits + offset, for any image x. This is so because
+    log p(x | z) = -RecLoss = x . logits - sum softplus(logits).
+    So offset = log p(z) - sum softplus(logits).
     """
     for first in range(0, len(codes), 400):  # more at a time would take much memory
         z = codes[first : first + 400]
@@ -707,14 +713,14 @@ def log_likelihood(model, sess, x, reach, step):
     """Return log p(x), float64 (N,), of images x, (N, D) in [0, 1].
 
     p(x) is the integral of p(x, z) over the plane: nearly the sum of p(x, z) over the codes
-    of a grid, times the area of its cells. These numbers are far too small for a float, so
+    of a grid, `step` apart, in a disc of radius `reach`, times step^2. These numbers are far too small for a float, so
     log sum exp(a) is computed as max(a) + log sum exp(a - max(a)).
     """
     codes = grid_codes(reach, step)
     codes = codes[np.sum(codes**2, axis=1) <= reach**2]  # in the corners, p(z) is negligible
-    log_sum = np.full(len(x), -np.inf)  # of the codes so far, for each image
+    log_sum = np.full(len(x), -np.inf)  # float64, of the codes so far, for each image
     for logits, offset in joint_terms(model, sess, codes):
-        offset = offset[:, np.newaxis].astype(np.float32)  # the rest is faster so
+        offset = offset[:, np.newaxis].astype(np.float32)  # a group in float32, which is faster
         log_joint = logits @ x.T + offset  # log p(x, z), (n, N)
         highest = np.max(log_joint, axis=0)
         total = np.sum(np.exp(log_joint - highest), axis=0)
@@ -809,7 +815,8 @@ def page_numbers(model, sess, test, run):
     encoder, decoder: lists of layers {kernel, bias, elu}, float32, with which it encodes and decodes.
     codes (N, 2) float32, labels [N], colours {label: colour}: dots, at mu of each test image.
     images (M, 28, 28) uint8, image_labels [M]: test images to pick from.
-    picked: which of these is picked at first.
+    picked: the place of the one that is picked at first, whose exact posterior is least like the
+        encoder's Gaussian, which shows most.
     grid {n, reach}, offset (n * n,) float32: n x n codes, and `offset` of `joint_terms` for each; the
         page adds x . logits, which gives the exact posterior.
     losses [3]: 5, 50 and 95 % quantiles of -ELBO over test images, for a bar that compares one.
@@ -822,8 +829,7 @@ def page_numbers(model, sess, test, run):
     losses = np.quantile(rec_losses + klds, [0.05, 0.5, 0.95])
     places = [np.flatnonzero(labels == label)[:2] for label in ten_classes(labels)]
     places = np.concatenate(places)  # two for each label
-    # Picked at first is the image whose exact posterior is least like the encoder's Gaussian. The
-    # page's coarse grid is good enough to find it.
+    # To choose the one that is picked at first, the page's coarse grid is good enough.
     measured = evaluate(model, sess, images[places], reach=PAGE_REACH, step=PAGE_STEP)
     grid = grid_codes(PAGE_REACH, PAGE_STEP)
     offsets = [offset for _, offset in joint_terms(model, sess, grid)]
@@ -1050,12 +1056,15 @@ def opened_run(args):
 
     in the directory      no option   --resume   --overwrite
     no run                new         new        new
+    without a checkpoint  new         resumed    new
     an unfinished run     refused     resumed    new
     a finished run        new         resumed    new
     a damaged run.json    refused     refused    new
     """
     directory = args.output_dir
-    # Read before the lock, which makes the directory: wrong data must leave nothing behind.
+    # 1. Read the settings, which may name the data. 2. Load the data. If they are wrong, no directory
+    # has been made. 3. Make the directory, and lock it. 4. Read again: since 1, another process
+    # may have begun a run.
     older = None if args.overwrite else read_settings(directory)
     is_resumed = args.resume and older is not None
     data = args.data
@@ -1070,7 +1079,6 @@ def opened_run(args):
     except OSError as error:
         raise UsageError(f"--output-dir: {error}") from error
     with locked(directory):
-        # Another process may have begun a run since then.
         if not args.overwrite and read_settings(directory) != older:
             raise UsageError(f"{directory}: another run began there just now")
         if is_resumed:
@@ -1088,14 +1096,17 @@ def main(argv=None):
     """
     words = sys.argv[1:] if argv is None else argv
     args = make_parser().parse_args(words)
+    run = None
     try:
         with opened_run(args) as (run, x_train, test):
             train_and_draw(run, x_train, test, args)
         return 0
     except KeyboardInterrupt:
-        again = [word for word in words if word not in ("--overwrite", "--resume")]
-        command = shlex.join(["python", "vae_mnist.py", *again, "--resume"])
-        print(f"Stopped; to go on: {command}", file=sys.stderr)
+        hint = "nothing has changed"
+        if run is not None and run.has_begun:
+            again = [word for word in words if word not in ("--overwrite", "--resume")]
+            hint = f"to go on: {shlex.join(['python', 'vae_mnist.py', *again, '--resume'])}"
+        print(f"Stopped; {hint}", file=sys.stderr)
         return 130
     except UsageError as error:
         fail(error, status=2)

@@ -138,6 +138,15 @@ def test_interrupt_is_one_line_that_says_how_to_go_on(name, count, updates, tmp_
 
 
 @pytest.mark.slow
+def test_interrupt_before_anything_changed_does_not_lead_into_the_older_run(unfinished):
+    before = content(unfinished)
+    signals = ("vae_mnist.VAE.__init__", 1, signal.SIGINT)
+    status, err = Forked(unfinished, "--overwrite", "--seed", 1, signals=signals).end()
+    assert (status, err) == (130, "Stopped; nothing has changed\n")
+    assert content(unfinished) == before
+
+
+@pytest.mark.slow
 def test_interrupt_of_a_process_as_a_user_starts_it(tmp_path):
     heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # in the background, too
     with runs.started("--report", "--output-dir", tmp_path, preexec_fn=heard) as process:
