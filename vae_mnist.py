@@ -273,7 +273,7 @@ def read_part(archive, part):
     images = images.reshape(-1, SIDE, SIDE).astype(np.uint8)
 
     labels = archive[f"y_{part}"] if f"y_{part}" in archive else np.zeros(count, np.uint8)
-    if labels.dtype.kind not in "iu" or labels.size != count:
+    if labels.dtype.kind not in "iu" or labels.shape not in [(count,), (count, 1)]:
         expected = f"expected integers ({count},), or no y_{part}"
         raise ValueError(f"y_{part} is {labels.dtype} {labels.shape}; {expected}")
     return images, labels.reshape(count)
@@ -475,10 +475,14 @@ def replacing(path):
 
 def updates_made(directory):
     """Return how many updates the newest checkpoint of a run has had, or 0."""
-    state = tf.train.get_checkpoint_state(directory / "checkpoints")
-    if state is None:
-        return 0
-    return int(state.model_checkpoint_path.rpartition("-")[2])  # of .../vae_mnist-500
+    folder = directory / "checkpoints"
+    try:
+        state = tf.train.get_checkpoint_state(folder)
+        if state is None:
+            return 0
+        return int(state.model_checkpoint_path.rpartition("-")[2])  # of .../vae_mnist-500
+    except ValueError as error:
+        raise UsageError(f"{folder / 'checkpoint'}: expected a name, got a damaged file") from error
 
 
 class Run:
@@ -574,11 +578,12 @@ class Run:
         # 1. Saver writes the checkpoint's files. 2. They go to the disk. 3. The file `checkpoint`
         # names them, in Saver's format, without the directory, which may be moved. (With
         # write_state, Saver would do 3 before 2.)
+        to_disk(self.log_path)
         prefix = str(self.checkpoints / "vae_mnist")
         name = model.saver.save(
             sess, prefix, global_step=self.made, write_meta_graph=False, write_state=False
         )
-        for path in [self.log_path, *self.checkpoints.glob(f"vae_mnist-{self.made}.*")]:
+        for path in self.checkpoints.glob(f"vae_mnist-{self.made}.*"):
             to_disk(path)
         with replacing(self.checkpoints / "checkpoint") as temporary:
             temporary.write_text(f'model_checkpoint_path: "{Path(name).name}"\n')
@@ -621,21 +626,34 @@ def new_run(directory, older, given):
 def resumed_run(directory, older, given):
     """Return the run that is in the directory; settings that are not given are its own.
 
-    `given` has the settings that are given, and images_sha256. `older` has its own. If as many
-    updates are made as are wanted, or more, it will only draw again.
+    `given` has the settings that are given, and images_sha256. `older` has its own. If all updates
+    are made, it will only draw again.
     """
     settings = {**older, **given}
+    run = f"--resume: the run in {directory}"
     if settings["images_sha256"] != older["images_sha256"]:
-        reason = "learns from other images; give the file that it learns from with --data"
-        raise UsageError(f"--resume: the run in {directory} {reason}")
-    for name in KEPT:
+        raise UsageError(f"{run} learns from other images; give their file with --data")
+    made = updates_made(directory)
+    if settings["iterations"] < made:
+        raise UsageError(f"{run} made {made} iterations, more than {settings['iterations']}")
+    # Without updates to make, a learning rate would have no effect.
+    kept = KEPT if made < settings["iterations"] else (*KEPT, "learning_rate")
+    for name in kept:
         if settings[name] != older[name]:
-            reason = f"has --{name.replace('_', '-')} {older[name]}, not {settings[name]}"
-            raise UsageError(f"--resume: the run in {directory} {reason}")
-    return Run(directory, settings, updates_made(directory))
+            option = f"--{name.replace('_', '-')}"
+            raise UsageError(f"{run} has {option} {older[name]}, not {settings[name]}")
+    return Run(directory, settings, made)
 
 
 # ------------------------------------------------------------------------ a trained model
+def reason_of(error):
+    """Return what an error says, in a line."""
+    text = str(error)
+    if isinstance(error, tf.errors.OpError):  # which has places in the graph before and after it
+        text = error.message.partition("\n\t [[")[0].strip().splitlines()[-1]
+    return " ".join(text.split()) or type(error).__name__
+
+
 def restore(model, sess, path):
     """Load a checkpoint into the variables of a model.
 
@@ -661,7 +679,7 @@ def restore(model, sess, path):
         with sess.graph.as_default():  # the caller may have another default graph
             tf.train.Saver(present).restore(sess, name)  # reads all before it sets any
     except tf.errors.OpError as error:
-        raise UsageError(f"{name}: damaged: {error.message}") from error
+        raise UsageError(f"{name}: damaged: {reason_of(error)}") from error
     sess.run([v.initializer for v in model.variables if v.op.name not in shapes])
 
 
@@ -901,7 +919,11 @@ def draw_sheet(axes, model, sess, test, mu, rec_loss):
 
 def draw_losses(axes, path):
     """Draw the losses in log.csv: RecLoss on the left axis, KLD on the right one."""
-    iterations, kld, rec_loss = np.loadtxt(path, delimiter=",", skiprows=1, ndmin=2).T
+    rows = path.read_text().splitlines()[1:]
+    if not rows:  # somebody has removed them
+        axes.set(title=f"{path.name} has no losses")
+        return
+    iterations, kld, rec_loss = np.loadtxt(rows, delimiter=",", ndmin=2).T
     last = f"KLD {kld[-1]:.2f}, RecLoss {rec_loss[-1]:.2f}"
     axes.set(title=f"Losses of a batch; in iteration {iterations[-1]:,.0f}: {last}")
     axes.set(xlabel=f"iteration; RecLoss begins at {rec_loss[0]:.2f}")
@@ -993,7 +1015,7 @@ def number_between(kind, lowest, highest):
 
 def local_directory(text):
     """Return the path of a directory on this machine, which TensorFlow can use."""
-    path = Path(text).expanduser()
+    path = Path(os.path.expanduser(text))
     # TensorFlow reads * ? [ \ as a pattern. gs://bucket would become a local folder "gs:".
     if set(path.as_posix()) & set("*?[\\") or "://" in text:
         expected = "expected a directory on this machine, without * ? [ \\ in its name"
@@ -1045,8 +1067,7 @@ def make_parser():
 
 def fail(error, status):
     """End the program with a line that says what is wrong."""
-    text = str(error).partition("[[")[0]  # TensorFlow adds [[node ..., places in the graph
-    print(f"vae_mnist.py: error: {' '.join(text.split())}", file=sys.stderr)
+    print(f"vae_mnist.py: error: {reason_of(error)}", file=sys.stderr)
     sys.exit(status)
 
 

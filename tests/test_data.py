@@ -135,6 +135,7 @@ BAD = {
     "signed": (archive(x_train=IMAGES.astype(int) - 300), "has values from -300 to -45"),
     "16 bits": (archive(x_test=IMAGES[1:].astype(int) + 700), "has values from 700 to 955"),
     "other count": (archive(y_train=np.arange(4)), "y_train is int64 (4,); expected"),
+    "folded labels": (archive(y_train=np.arange(4).reshape(2, 2)), "y_train is int64 (2, 2)"),
     "float labels": (archive(y_train=np.zeros(3)), "y_train is float64 (3,); expected integers"),
     "object labels": (archive(y_train=np.array([Trap(), 1])), "Object arrays cannot be loaded"),
 }

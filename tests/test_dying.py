@@ -4,6 +4,7 @@ import fcntl
 import os
 import random
 import resource
+import shutil
 import signal
 import time
 from functools import partial
@@ -182,6 +183,12 @@ def test_full_disk_is_one_line_and_leaves_the_checkpoint_whole(run_folder, finis
     assert str(run_folder / "checkpoints") in err and "File too large" in err
     assert main(run_folder, "--resume", "--iterations", 6) == 0
     assert_same_run(run_folder, finished)
+
+
+@pytest.mark.slow
+def test_directory_that_is_removed_is_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(runs.vae_mnist.Run, "check", lambda *_: shutil.rmtree(tmp_path / "run"))
+    assert str(tmp_path / "run" / "log.csv") in stopped(capsys, 1, tmp_path / "run")
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import re
+import shutil
 
 import matplotlib
 import matplotlib.image
@@ -112,6 +113,10 @@ def test_report_prints_and_saves_what_it_measures(report):
         (output / name).unlink()
     assert runs.main(output, "--iterations", 40, "--report", "--resume") == 0
     assert runs.content(output) == before
+    shutil.copytree(output, output / "copy")
+    (output / "copy" / "log.csv").unlink()
+    _, _, panels = reported(output / "copy", "--iterations", 40, "--resume")
+    assert panels["rec_loss"].get_title() == "log.csv has no losses"
 
 
 @pytest.mark.slow

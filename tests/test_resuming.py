@@ -66,7 +66,7 @@ def test_resume_of_a_finished_run_draws_again_and_can_train_on(finished, tmp_pat
     (tmp_path / "latent.png").unlink()
     (tmp_path / "metrics.json").write_text("of 3 iterations")
     capsys.readouterr()
-    assert main(tmp_path, "--resume", "--iterations", 2) == 0  # fewer than were made
+    assert main(tmp_path, "--resume", "--iterations", 3) == 0
     assert "Iteration" not in capsys.readouterr().out
     assert (tmp_path / "latent.png").read_bytes() == picture and made(tmp_path) == 3
     assert (tmp_path / "metrics.json").exists()
@@ -96,15 +96,18 @@ def test_resume_with_another_setting_is_refused(run_folder, tmp_path, capsys):
         ("--batch-size", 9, "8"),
         ("--decoder", "mirrored", "tutorial"),
         ("--shards", 3, "2"),
+        ("--learning-rate", 0.5, "0.001"),  # which would have no effect: no updates are left
     ]:
         err = refused(capsys, run_folder, "--resume", option, value)
         assert f"has {option} {old}, not {value}" in err
+    err = refused(capsys, run_folder, "--resume", "--iterations", 5)
+    assert "made 6 iterations, more than 5" in err
     images = X_TRAIN.copy()
     images[-1, 14, 14] ^= 1
     other = tmp_path / "other.npz"
     np.savez(other, x_train=images, x_test=images)
     err = refused(capsys, run_folder, "--resume", "--data", other)
-    assert "learns from other images; give the file that it learns from with --data" in err
+    assert "learns from other images; give their file with --data" in err
 
 
 @pytest.mark.slow
@@ -115,8 +118,14 @@ def test_truncated_checkpoint_is_refused_and_only_replaced_on_request(run_folder
         path.unlink()
         refused(capsys, run_folder, "--resume")
         path.write_bytes(whole[:-1])
-        assert str(folder) in refused(capsys, run_folder, "--resume")
+        err = refused(capsys, run_folder, "--resume")
+        assert str(folder) in err and len(err) < 300
         path.write_bytes(whole)
+    named = (folder / "checkpoint").read_text()
+    for damaged in ("", 'model_checkpoint_path: "mine"'):
+        (folder / "checkpoint").write_text(damaged)
+        assert "checkpoint: expected a name" in refused(capsys, run_folder, "--resume")
+    (folder / "checkpoint").write_text(named)
     for damaged in ("{", "[]", "{}"):
         (folder / "run.json").write_text(damaged)
         for option in ([], ["--resume"]):
