@@ -36,42 +36,52 @@ def test_parameters_have_the_names_shapes_and_initial_values_of_tf_layers(decode
 
 @pytest.mark.parametrize("decoder", LAYERS)
 @pytest.mark.parametrize("shards", [1, 2, 8])
-@pytest.mark.parametrize("count", [1, 3, 256])
-def test_step_is_that_of_numpy_and_of_minimize(decoder, shards, count):
+def test_step_is_that_of_numpy_and_of_minimize(decoder, shards):
     """Losses, gradients and the update that Adam makes of them, against float64."""
-    x = images(count)
     with rough(scale=1, shards=shards, decoder=decoder) as (model, sess, reference):
         adam = tf.train.AdamOptimizer(0.001)
         minimize = adam.minimize(model.loss)
         sess.run([variable.initializer for variable in adam.variables()])
-        fetches = [model.klds, model.rec_losses, model.z, model.eps, model.loss, model.weights]
-        klds, rec_losses, z, eps, loss, before = sess.run(fetches, {model.x: x})
-        returned = model.step(x, sess)
+        state = [*model.variables, *adam.variables()]
+        first = sess.run(state)
         named = {variable.op.name: variable for variable in model.variables}
         slots = [[named[f"{w.op.name}/{m}"] for m in ("Adam", "Adam_1")] for w in model.weights]
-        after, slots, iteration = sess.run([model.weights, slots, model.iteration])
-        for variable, value in zip([model.iteration, *model.weights], [0, *before]):
-            variable.load(value, sess)
-        sess.run(minimize, {model.x: x})
-        minimized = sess.run(model.weights)
-    expected = reference.run(x, eps)
-    assert [type(value) for value in returned] == [float, float] and iteration == 1
-    np.testing.assert_allclose([*returned, loss], [*expected, sum(expected)], rtol=2e-6)
-    np.testing.assert_allclose(rec_losses, reference.rec_losses, rtol=4e-6)
-    np.testing.assert_allclose(klds, reference.klds, rtol=2e-5, atol=1e-6)
-    np.testing.assert_allclose(z, reference.z, atol=4e-6)
-    for i, (old, new) in enumerate(zip(before, after)):
-        g = reference.gradients[i]
-        size = np.abs(g).max()
-        m, v = (slot.astype(np.float64) for slot in slots[i])
-        np.testing.assert_allclose(m, 0.1 * g, atol=2e-6 * size, rtol=1e-5)
-        np.testing.assert_allclose(v, 0.001 * g**2, atol=2e-9 * size**2, rtol=2e-5)
-        # From the moments as they are in float32, since Adam divides one by the other.
-        step = 0.001 * np.sqrt(1 - 0.999) / (1 - 0.9) * m / (np.sqrt(v) + 1e-8)
-        np.testing.assert_allclose(new, old - step, atol=1e-7, rtol=1e-6)
-        # A first update is nearly the gradient's sign: where that is 0 but for rounding, any.
-        is_clear = np.abs(g) > 1e-4 * size
-        np.testing.assert_allclose(new[is_clear], minimized[i][is_clear], atol=2e-6)
+        for count in (1, 3, 256):
+            x = images(count)
+            fetches = [model.klds, model.rec_losses, model.z, model.eps, model.loss, model.weights]
+            *found, eps, loss, before = sess.run(fetches, {model.x: x})
+            returned = model.step(x, sess)
+            assert [type(value) for value in returned] == [float, float]
+            assert sess.run(model.iteration) == 1
+            updated = sess.run([model.weights, slots])
+            for variable, value in zip(state, first):
+                variable.load(value, sess)
+            sess.run(minimize, {model.x: x})
+            minimized = sess.run(model.weights)
+            for variable, value in zip(state, first):
+                variable.load(value, sess)
+            expected = reference.run(x, eps)
+            np.testing.assert_allclose([*returned, loss], [*expected, sum(expected)], rtol=2e-6)
+            klds, rec_losses, z = found
+            np.testing.assert_allclose(rec_losses, reference.rec_losses, rtol=4e-6)
+            np.testing.assert_allclose(klds, reference.klds, rtol=2e-5, atol=1e-6)
+            np.testing.assert_allclose(z, reference.z, atol=4e-6)
+            for i, weights in enumerate(zip(before, *updated, minimized)):
+                assert_adams_update(reference.gradients[i], *weights)
+
+
+def assert_adams_update(g, old, new, slots, minimized):
+    """A first update of weights by Adam is that of the gradient g, and that of `minimize`."""
+    size = np.abs(g).max()
+    m, v = (slot.astype(np.float64) for slot in slots)
+    np.testing.assert_allclose(m, 0.1 * g, atol=2e-6 * size, rtol=1e-5)
+    np.testing.assert_allclose(v, 0.001 * g**2, atol=2e-9 * size**2, rtol=2e-5)
+    # From the moments as they are in float32, since Adam divides one by the other.
+    step = 0.001 * np.sqrt(1 - 0.999) / (1 - 0.9) * m / (np.sqrt(v) + 1e-8)
+    np.testing.assert_allclose(new, old - step, atol=1e-7, rtol=1e-6)
+    # It is nearly the gradient's sign: where that is 0 but for rounding, any.
+    is_clear = np.abs(g) > 1e-4 * size
+    np.testing.assert_allclose(new[is_clear], minimized[is_clear], atol=2e-6)
 
 
 @pytest.fixture
