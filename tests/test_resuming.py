@@ -9,7 +9,18 @@ import numpy as np
 import pytest
 import tensorflow.compat.v1 as tf
 from conftest import built
-from runs import DATA, X_TRAIN, Forked, assert_same_run, made, main, refused, settings, variables
+from runs import (
+    DATA,
+    X_TRAIN,
+    Forked,
+    assert_same_run,
+    made,
+    main,
+    refused,
+    settings,
+    stopped,
+    variables,
+)
 
 import vae_mnist
 
@@ -142,6 +153,22 @@ def test_unfinished_run_is_not_replaced_by_accident(unfinished, capsys):
     assert "3 of 6 iterations" in err and "--resume" in err and "--overwrite" in err
     assert main(unfinished, "--overwrite", "--seed", 1) == 0
     assert made(unfinished) == 6 and settings(unfinished)["seed"] == 1
+
+
+@pytest.mark.parametrize("options", [[], ["--resume"]])
+def test_run_that_begins_while_another_loads_its_data_is_not_replaced(
+    options, finished, tmp_path, monkeypatch, capsys
+):
+    load_mnist = vae_mnist.load_mnist
+
+    def slow(path):
+        shutil.copytree(finished, tmp_path / "run")
+        return load_mnist(path)
+
+    monkeypatch.setattr(vae_mnist, "load_mnist", slow)
+    err = stopped(capsys, 2, tmp_path / "run", *options)
+    assert "another run began there just now" in err
+    assert_same_run(tmp_path / "run", finished)
 
 
 @pytest.mark.slow
