@@ -94,6 +94,7 @@ def test_other_forms_of_the_same_images_are_brought_into_one(form, tmp_path):
     assert y_test.tolist() == [1, 0]
 
 
+@pytest.mark.slow
 def test_hash_of_the_images_does_not_depend_on_their_order_in_memory(tmp_path):
     np.savez(tmp_path / "d.npz", **arrays(x_train=np.asfortranarray(IMAGES)))
     assert main(tmp_path / "run", "--data", tmp_path / "d.npz", "--iterations", 1) == 0

@@ -8,6 +8,8 @@ from reference import LAYERS
 
 import vae_mnist
 
+SLOW = pytest.mark.slow
+
 
 def images(count, seed=0):
     """Return grey images with many exact zeros and ones, as MNIST has."""
@@ -35,7 +37,7 @@ def test_parameters_have_the_names_shapes_and_initial_values_of_tf_layers(decode
 
 
 @pytest.mark.parametrize("decoder", LAYERS)
-@pytest.mark.parametrize("shards", [1, 2, 8])
+@pytest.mark.parametrize("shards", [pytest.param(1, marks=SLOW), 2, pytest.param(8, marks=SLOW)])
 def test_step_is_that_of_numpy_and_of_minimize(decoder, shards):
     """Losses, gradients and the update that Adam makes of them, against float64."""
     with rough(scale=1, shards=shards, decoder=decoder) as (model, sess, reference):

@@ -87,6 +87,7 @@ def test_wrong_options_are_refused_in_one_line(tmp_path, capsys):
     assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
 
 
+@pytest.mark.slow
 def test_output_directory_may_be_below_the_users_home(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert vae_mnist.main([*SHORT, "--output-dir", "~/runs/a"]) == 0
@@ -114,14 +115,6 @@ def test_standard_output_that_cannot_be_written_is_a_fault_in_one_line(
         assert err.startswith("vae_mnist.py: error: ") and reason in err and err.count("\n") == 1
         with pytest.raises(OSError):  # the same line, once more
             out.close()
-
-
-@pytest.mark.slow
-def test_run_needs_no_standard_output(tmp_path):
-    command = " ".join([*program(*SHORT, "--output-dir", tmp_path), ">&-"])
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
-    assert own_lines(done.stderr) == []
-    assert sorted(path.name for path in tmp_path.iterdir()) == FILES
 
 
 def test_help_gives_the_options_and_their_defaults(tmp_path, capsys):

@@ -184,6 +184,7 @@ def test_results_go_when_training_begins_and_files_of_others_stay(run_folder):
     assert all(path.read_text() == "as it was" for path in theirs)
 
 
+@pytest.mark.slow
 def test_model_is_restored_from_a_run_a_directory_or_a_name(finished):
     saved = variables(finished)
     with vae_mnist.trained(finished) as (model, sess):
