@@ -260,7 +260,7 @@ def page():
         browser.get(Path(directory, "explore.html").as_uri())
         usable = "return performance.getEntriesByType('navigation')[0].domContentLoadedEventEnd"
         usable = browser.execute_script(usable) / 1000
-        while not browser.execute_script("return ready"):
+        while not browser.execute_script("return vae.state.isReady"):
             time.sleep(0.01)
         ready = browser.execute_script("return performance.now()") / 1000
         script = """const x = vae.decode([0, 0]), start = performance.now();

@@ -12,7 +12,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 import websocket  # a package that selenium needs
-from conftest import chromium, webkit
+from conftest import built, chromium, webkit
 from matplotlib.colors import to_hex, to_rgb
 from reference import Reference
 from selenium.webdriver.common.action_chains import ActionChains
@@ -28,10 +28,11 @@ LOSSES_WITHIN = [0.03, 0.0051, 0.03, 0.1]
 GRID = np.linspace(-4.5, 4.5, 121)
 MEDIA = "Emulation.setEmulatedMedia"
 PICK = "shown.children[arguments[0]].click()"
-TAKE = "setImage(Float32Array.from(arguments[0]))"
-SETTLED = """ready && !state.asked && !state.target && !state.hasNew
-    && (!state.image || state.image.losses)"""
-RESET = """clear(); state.pinned = false; moveTo([0, 0]); scrollTo(0, 0);
+TAKE = "vae.setImage(Float32Array.from(arguments[0]))"
+SETTLED = """vae.state.isReady && !vae.state.asked && !vae.state.target && !vae.state.hasNew
+    && (!vae.state.image || vae.state.image.losses)"""
+CLEAR = "document.getElementById('clear').click()"
+RESET = """vae.state.pinned = false; vae.moveTo([0, 0]); scrollTo(0, 0);
     document.querySelector("[value=manifold]").click(); plane.focus({preventScroll: true})"""
 
 
@@ -158,7 +159,7 @@ def page(blank):
     """That page, opened once for many tests, with nothing at hand."""
     if blank.browser.current_url != blank.path.as_uri():
         blank.open()
-    blank.do(RESET)
+    blank.do(f"{CLEAR}; {RESET}")
     return blank
 
 
@@ -211,33 +212,37 @@ def shown(network, mnist):
     return x, expected_losses(network[3], x), p, 1 - np.einsum("kij,i,j->k", p, inside, inside)
 
 
-def pen_ink(points):
-    """Return where a round pen has been on its way through points, 4 x 4 for a pixel of the pad."""
+def pen_ink(strokes, radius):
+    """Return the share of ink in 560 x 560 parts of a square, where a round pen made strokes."""
     middle = (np.arange(560) + 0.5) / 560
     x, y = np.meshgrid(middle, middle)
     ink = np.zeros(x.shape, bool)
-    for (x0, y0), (right, down) in zip(points, np.diff(points, axis=0, append=points[-1:])):
-        along = ((x - x0) * right + (y - y0) * down) / max(right**2 + down**2, 1e-9)
-        along = np.clip(along, 0, 1)
-        ink |= np.hypot(x - x0 - along * right, y - y0 - along * down) < 1 / 24
+    for points in strokes:
+        ways = np.diff(points, axis=0, append=points[-1:])
+        for (x0, y0), (right, down) in zip(points, ways):
+            along = ((x - x0) * right + (y - y0) * down) / max(right**2 + down**2, 1e-9)
+            along = np.clip(along, 0, 1)
+            ink |= np.hypot(x - x0 - along * right, y - y0 - along * down) < radius
     return ink
 
 
-def mnist_form(ink):
-    """Return ink as MNIST's authors would: averages in a box of 20 x 20, whole moves."""
-    rows, columns = np.nonzero(ink)
-    side = max(np.ptp(rows), np.ptp(columns)) + 1
-    within = [[rows.min(), rows.min() + side], [columns.min(), columns.min() + side]]
-    box = np.histogram2d(rows + 0.5, columns + 0.5, bins=20, range=within)[0] / (side / 20) ** 2
+def mnist_form(strokes):
+    """Return strokes as MNIST's authors would: in a box of 20 x 20, by a pen as wide as theirs."""
+    places = np.concatenate(strokes)
+    lowest = places.min(axis=0)
+    side = np.ptp(places, axis=0).max()
+    radius = 1.3 / 20
+    scaled = [(points - lowest) * (1 - 2 * radius) / side + radius for points in strokes]
+    box = pen_ink(scaled, radius).reshape(20, 28, 20, 28).mean(axis=(1, 3))
     means = [box.sum(axis=axis) @ np.arange(20) / box.sum() for axis in (1, 0)]
     down, right = np.clip(np.rint(14 - np.array(means)), 0, 8).astype(int)  # the box stays inside
     return np.pad(box, ((down, 8 - down), (right, 8 - right)))
 
 
-def assert_drawn(page, ink):
-    """The pad shows ink, and `drawn` is its form, but for how grey the rim is."""
-    on_pad = ink.reshape(140, 4, 140, 4).mean(axis=(1, 3))
-    for found, exact in ((page.pixels("draw") / 255, on_pad), (page.drawn(), mnist_form(ink))):
+def assert_drawn(page, *strokes):
+    """The pad shows strokes, and `drawn` is their form, but for how grey the rim is."""
+    on_pad = pen_ink(strokes, 1 / 24).reshape(140, 4, 140, 4).mean(axis=(1, 3))
+    for found, exact in ((page.pixels("draw") / 255, on_pad), (page.drawn(), mnist_form(strokes))):
         assert np.abs(found - exact).max() < 0.4 and np.abs(found - exact).mean() < 0.01
 
 
@@ -249,7 +254,10 @@ def test_page_begins_dark_and_says_how_far_it_is_on_a_slow_machine(blank, shown)
     blank.open(until="globalThis.vae")
     assert not blank.pixels("plane")[784:].any()
     assert re.fullmatch(r"The map is being computed: \d+ %", blank.text("#wait"))
-    assert blank.run("return [ready, vae.posterior(arguments[0])]", x[0].tolist()) == [False, None]
+    assert blank.run("return [vae.state.isReady, vae.posterior(arguments[0])]", x[0].tolist()) == [
+        False,
+        None,
+    ]
     blank.slow_down(1)
     blank.wait()
     (picked,) = np.flatnonzero([each.is_selected() for each in blank.find("#shown input")])
@@ -277,11 +285,12 @@ def test_picked_images_have_exact_numbers_and_their_sentence(page, network, mnis
         assert found["beyond"] == pytest.approx(beyond[i], abs=0.001)
         assert np.all(np.abs(page.losses() - losses[i]) < LOSSES_WITHIN)
         degree = "covers" if kl[i] < 1 else "misses much of" if kl[i] > 2 else "covers most of"
-        text = f"The guess {degree} the glow, where this digit can have come from."
+        text = "Points that glow could have made this digit. "
+        text += f"The encoder's guess {degree} the glow."
         share = round(100 * beyond[i])
-        text += f" {share} % of it lies beyond the map." if share else ""
+        text += f" {share} % of the glow is off the map." if share else ""
         assert page.text("#say") == text
-        assert page.text("figcaption") == "test image it came back as"
+        assert page.text("figcaption") == "test image encoder sees recon\u00adstruction"
         said.add(degree)
     assert len(said) == 3
 
@@ -309,7 +318,7 @@ def test_mouse_finger_and_keys_move_z(page, network, mnist, encoded):
         np.testing.assert_allclose(page.pixels("digit"), 255 * image, atol=0.51)
         label = mnist[1][1][np.sum((encoded[1] - z) ** 2, axis=1).argmin()]
         where = f"({z[0]:.2f}, {z[1]:.2f})"
-        assert page.text("output#z") == f"The digit of z = {where} like images of {label}"
+        assert page.text("output#z") == f"The digit at z = {where} near images of {label}"
     page.touch("Start", "plane", (0.75, 0.9))
     page.touch("Move", "plane", (0.75, 0.8))
     page.touch("End", "plane")
@@ -339,11 +348,11 @@ def test_click_or_tap_pins_z_and_another_frees_it(page):
 def test_z_glides_to_mu_but_for_who_wants_less_motion(motion, least, most, page, network, shown):
     page.cdp(MEDIA, features=[{"name": "prefers-reduced-motion", "value": motion}])
     script = """const [x, done] = arguments, path = [];
-        moveTo([2.5, -2.5]);
-        setImage(Float32Array.from(x));
+        vae.moveTo([2.5, -2.5]);
+        vae.setImage(Float32Array.from(x));
         (function look() {
           path.push(vae.z);
-          if (state.target || state.asked) requestAnimationFrame(look); else done(path);
+          if (vae.state.target || vae.state.asked) requestAnimationFrame(look); else done(path);
         })()"""
     path = page.browser.execute_async_script(script, shown[0][0].tolist())
     far = np.linalg.norm(path - network[3].encode(shown[0][:1])[0], axis=1)
@@ -354,17 +363,51 @@ def test_z_glides_to_mu_but_for_who_wants_less_motion(motion, least, most, page,
 def test_drawing_is_brought_into_mnists_form_and_encoded(page, network):
     page.do(PICK, 3)
     page.mouse("draw", STROKE)  # begins anew: the test image is no part of it
-    assert_drawn(page, pen_ink(STROKE))
+    assert_drawn(page, STROKE)
     x = page.drawn().reshape(1, 784)
     losses = expected_losses(network[3], x, n=161)[0]
     assert np.all(np.abs(page.losses() - losses) < LOSSES_WITHIN)
-    assert page.text("figcaption") == "you drew it came back as"
+    assert page.text("figcaption") == "you drew encoder sees recon\u00adstruction"
     page.find("#clear")[0].click()
     assert not page.drawn().any() and not page.pixels("draw").any() and not page.losses()
     dot, line = np.array([(0.9, 0.1)]), np.array([(0.95, 0.5), (0.95, 0.95)])
     page.mouse("draw", dot)
     page.mouse("draw", line)
-    assert_drawn(page, pen_ink(dot) | pen_ink(line))
+    assert_drawn(page, dot, line)
+
+
+def test_small_drawing_is_as_wide_as_a_large_one(page):
+    """A digit over all of the pad, a half, three tenths and a seventh: the same to the network."""
+    white, losses = [], []
+    place = (STROKE - STROKE.min(axis=0)) / np.ptp(STROKE, axis=0).max()
+    for size in (1, 0.5, 0.3, 0.15):
+        page.do(CLEAR)
+        page.mouse("draw", 0.05 + place * 0.9 * size)
+        white.append(np.sum(page.drawn() > 0.5))
+        losses.append(page.losses()[2])
+        assert np.array_equal(page.pixels("seen"), np.round(255 * page.drawn()))
+    assert max(white) < 1.25 * min(white) and np.ptp(losses) < 15
+    assert 52 < min(white) and max(white) < 165  # as in nine tenths of MNIST's images
+
+
+def test_image_follows_the_pen_ten_times_a_second(page):
+    """A line is on the pad at once; what is computed of it comes later, and not once a move."""
+    page.run("""globalThis.images = new Set();
+        (function look() { images.add(vae.state.image); requestAnimationFrame(look) })()""")
+    places = page.places("draw", STROKE)
+    start = time.monotonic()
+    for i in range(100):
+        x, y = places[i % len(places)]
+        kind = "mouseMoved" if i else "mousePressed"
+        page.cdp("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", buttons=1)
+    seconds = time.monotonic() - start
+    found = page.run(
+        "return [images.size, draw.getContext('2d').getImageData(42, 35, 1, 1).data[3]]"
+    )
+    page.cdp("Input.dispatchMouseEvent", type="mouseReleased", x=x, y=y, button="left")
+    assert found[1] == 255 and 2 <= found[0] <= 3 + 10 * seconds
+    page.wait()
+    assert np.array_equal(page.pixels("seen"), np.round(255 * page.drawn()))
 
 
 def test_quick_circle_stays_round_on_a_slow_machine(page):
@@ -390,40 +433,41 @@ def test_quick_circle_stays_round_on_a_slow_machine(page):
     socket.close()
     page.slow_down(1)
     page.wait()
-    assert_drawn(page, pen_ink(circle))
+    assert_drawn(page, circle)
     assert not page.run("return globalThis.isRead")
 
 
 def test_only_the_main_pointers_left_button_draws(page):
     page.do(PICK, 3)
     picked = page.pixels("draw")
-    line = np.array([(0.2, 0.2), (0.5, 0.2)])
+    line = np.array([(0.2, 0.2), (0.5, 0.2), (0.5, 0.4)])
     page.mouse("draw", line, "right", 2)
     page.mouse("draw", line, "middle", 4)
     assert np.array_equal(page.pixels("draw"), picked)  # the test image is still there
-    page.run("clear()")
+    page.run(CLEAR)
     page.touch("Start", "draw", line[0])
     page.touch("Start", "draw", line[0], (0.9, 0.9))  # a palm
     page.touch("Move", "draw", line[1], (0.1, 0.9))
+    page.touch("Move", "draw", line[2], (0.1, 0.9))
     page.touch("End", "draw", (0.1, 0.9))
     page.touch("Move", "draw", (0.9, 0.9))  # the first finger is gone
     page.touch("End", "draw")
     page.mouse("draw", [(-0.04, 0.5), (0.5, 0.9)])  # a stroke that begins elsewhere
-    assert_drawn(page, pen_ink(line))
+    assert_drawn(page, line)
 
 
 # ------------------------------------------------------------------------------ what is seen
 def test_marks_are_where_they_belong_and_explained_while_there(page, network, encoded):
-    guess, glow = "⊕ the encoder's guess", "● where it can have come from"
+    guess, glow = "⊕ the encoder's guess", "● the posterior"
     assert page.text("#marks") == "○ z ╌╌ the prior"
-    assert page.text("#say").startswith("The network draws another digit for each point of the map")
-    page.do("moveTo([-2.9, -2.9])")  # out of the way
+    assert page.text("#say").startswith("The decoder draws another digit for each point of the map")
+    page.do("vae.moveTo([-2.9, -2.9])")  # out of the way
     empty = page.screen()
     x, mu, log_sig_sq = encoded
     spread = 2 * np.exp(log_sig_sq / 2)
     i = np.where(np.all(np.abs(mu) + spread < 2.9, axis=1), spread.min(axis=1), 0).argmax()
     page.do(TAKE, x[i].tolist())
-    page.do("moveTo([-2.9, -2.9])")
+    page.do("vae.moveTo([-2.9, -2.9])")
     assert page.text("#marks") == f"○ z ╌╌ the prior {guess} {glow}"
     around = np.linspace(0, 2 * np.pi, 180)
     line = mu[i] + spread[i] * np.stack([np.cos(around), np.sin(around)], axis=1)
@@ -437,12 +481,12 @@ def test_marks_are_where_they_belong_and_explained_while_there(page, network, en
 
     outside = np.where(np.abs(mu[:, 1]) < 2, mu[:, 0], 0).argmax()
     page.do(TAKE, x[outside].tolist())
-    page.do("moveTo([-2.9, -2.9])")
-    assert page.text("#marks") == f"○ z ╌╌ the prior {guess} → it lies there {glow}"
+    page.do("vae.moveTo([-2.9, -2.9])")
+    assert page.text("#marks") == f"○ z ╌╌ the prior {guess} → it is off the map {glow}"
     row = round(140 * (3 - mu[outside, 1]))
     arrow = page.screen()[row - 2 : row + 3, 805:832].min(axis=2)
     assert np.mean(arrow.max(axis=0) > 170) > 0.9
-    page.do("clear()")
+    page.do(CLEAR)
     assert np.array_equal(page.screen(), empty)
 
 
@@ -481,13 +525,13 @@ def test_all_is_in_one_view_and_picking_moves_nothing(width, height, least, page
     assert (digit[0] > plane[2]) == (width == 1400)  # else in a corner of the plane
     parts = "#draw, #shown canvas, #losses, #scale, [name=behind]"
     places = page.boxes(parts)
-    for choose in ("shown.children[7].click()", "shown.children[15].click()", "clear()"):
+    for choose in ("shown.children[7].click()", "shown.children[15].click()", CLEAR):
         page.do(choose)
         page.do("scrollTo(0, 0)")
         np.testing.assert_allclose(page.boxes(parts), places)
     page.run("scrollTo(0, 1e6)")
     for z in ([2.5, 2.5], [-2.5, 2.5], [0.1, 0]):
-        page.do("moveTo(arguments[0])", z)
+        page.do("vae.moveTo(arguments[0])", z)
         ring, here = page.boxes("#ring, #here")
         assert here[1] >= 0  # the plane sticks, and the digit keeps out of the way of z
         assert np.any(ring[:2] > here[2:]) or np.any(ring[2:] < here[:2])
@@ -531,7 +575,7 @@ def test_numbers_pen_and_keys_in_webkit(network, shown, tmp_path):
         if not browser:
             pytest.skip("needs WebKitWebDriver, WebKitGTK's MiniBrowser and a display or Xvfb")
         page = Page(browser, network[0])
-        page.open(until="ready")
+        page.open(until="vae.state.isReady")
         found = page.run("return [...vae.posterior(arguments[0]).p]", x[3].tolist())
         np.testing.assert_allclose(found, p[3].ravel(), atol=1e-3 * p[3].max(), rtol=0)
         page.do(TAKE, x[3].tolist())
@@ -540,7 +584,7 @@ def test_numbers_pen_and_keys_in_webkit(network, shown, tmp_path):
             for (let i = 0; i < 5; i++) vae.posterior(x);
             return (performance.now() - start) / 5"""
         assert min(page.run(script) for _ in range(5)) < 40  # ms
-        page.do(RESET)
+        page.do(f"{CLEAR}; {RESET}")
         pad = page.find("#draw")[0]
         offsets = np.rint((STROKE - 0.5) * pad.size["width"]).astype(int).tolist()
         actions = ActionChains(browser, duration=0)
@@ -549,8 +593,8 @@ def test_numbers_pen_and_keys_in_webkit(network, shown, tmp_path):
             actions.move_to_element_with_offset(pad, *offset)
         actions.release().perform()
         page.wait()
-        assert np.abs(page.drawn() - mnist_form(pen_ink(STROKE))).mean() < 0.02
-        page.run("moveTo([1, 1])")
+        assert np.abs(page.drawn() - mnist_form([STROKE])).mean() < 0.02
+        page.run("vae.moveTo([1, 1])")
         page.find("#plane")[0].send_keys(Keys.ARROW_LEFT)
         np.testing.assert_allclose(page.run("return vae.z"), [0.9, 1])
 
@@ -597,13 +641,66 @@ def test_page_of_images_with_many_labels(blank, network, mnist, tmp_path):
     labels = labels + 10 * (np.arange(len(labels)) % 3)
     settings = {"decoder": "mirrored", "seed": 3, "data": "other.npz", "iterations": 1000}
     run = vae_mnist.Run(tmp_path, settings, made=1000)
-    blank.open(vae_mnist.explore(model, sess, (images, labels), run), until="!state.asked")
+    blank.open(vae_mnist.explore(model, sess, (images, labels), run))
     assert blank.browser.title == "vae_mnist: mirrored decoder, 1,000 iterations, seed 3"
     blank.find("[value=codes]")[0].click()
     assert blank.text("#legend") == " ".join(f"■ {n}" for n in range(30))
     text = blank.text("main")
-    assert "draws an image for each point" in text and "this image can have come from" in text
+    assert "draws an image for each point" in text and "could have made this image" in text
     assert "digit" not in text
+
+
+def test_page_has_the_size_of_the_images(blank, tmp_path, monkeypatch):
+    """A module with another SIDE makes a page with numbers, as the session has them."""
+    monkeypatch.setattr(vae_mnist, "SIDE", 16)
+    monkeypatch.setattr(vae_mnist, "PIXELS", 256)
+    monkeypatch.setitem(vae_mnist.DECODERS, "mirrored", ([64, 128, 256], [256]))
+    images = np.random.default_rng(0).integers(256, size=(30, 16, 16)).astype(np.uint8)
+    with built(decoder="mirrored") as (model, sess):
+        settings = {"decoder": "mirrored", "seed": 0, "data": None, "iterations": 1}
+        run = vae_mnist.Run(tmp_path, settings, made=1)
+        blank.open(vae_mnist.explore(model, sess, (images, np.arange(30) % 10), run))
+        (picked,) = np.flatnonzero([each.is_selected() for each in blank.find("#shown input")])
+        chosen = images[picked // 2 + 10 * (picked % 2)]
+        expected = vae_mnist.evaluate(model, sess, chosen, samples=2000)
+    for found, name in zip(blank.losses(), ("RecLoss", "KLD", "-ELBO")):
+        assert found == pytest.approx(expected[name][0], abs=0.2)
+    blank.mouse("draw", STROKE)
+    drawn = np.reshape(blank.run("return [...vae.drawn]"), (16, 16))
+    rows = np.flatnonzero(drawn.any(axis=1))
+    assert len(rows) == 11 and np.array_equal(blank.pixels("seen"), np.round(255 * drawn))
+
+
+def test_page_is_shown_twice_in_one_document(blank):
+    """As a notebook does: both copies answer, each with its own digit."""
+    blank.open()
+    blank.run(PICK, 3)
+    blank.wait()
+    html = re.search("<main>.*</main>", blank.path.read_text(), re.DOTALL)[0]
+    code = re.search("<script>(.*?)</script>", blank.path.read_text(), re.DOTALL)[1]
+    blank.run(
+        """globalThis.first = vae;
+        document.body.insertAdjacentHTML("beforeend", arguments[0]);
+        const script = document.createElement("script");
+        script.textContent = arguments[1];
+        document.body.append(script)""",
+        html,
+        code,
+    )
+    blank.wait(f"vae !== first && {SETTLED}")
+    image = "return document.querySelectorAll('#reconstruction')[arguments[0]].toDataURL()"
+    before = [blank.run(image, i) for i in (0, 1)]
+    assert before[0] != before[1]
+    for i in (0, 1):
+        blank.run("document.querySelectorAll('#shown')[arguments[0]].children[17].click()", i)
+    blank.wait()
+    after = [blank.run(image, i) for i in (0, 1)]
+    assert after[0] == after[1] and after[0] not in before
+    halos = blank.run(
+        "return [...document.querySelectorAll('#halo')].map(e => e.getAttribute('href'))"
+    )
+    assert len(set(halos)) == 2
+    assert [e for e in blank.browser.get_log("browser") if e["level"] == "SEVERE"] == []
 
 
 def test_without_scripts_or_cut_short_it_says_what_to_do(blank, tmp_path):
