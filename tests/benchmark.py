@@ -14,6 +14,7 @@ import contextlib
 import importlib.util
 import io
 import json
+import math
 import os
 import resource
 import statistics
@@ -240,6 +241,25 @@ def jax_row():
     return {JAX: median_ms(hundred, 5, 1) / 100}
 
 
+def moves(browser):
+    """Return how many seconds 50 moves of the pen take at a sixth of the speed."""
+    cdp = browser.execute_cdp_cmd
+    box = browser.find_element("id", "draw").rect
+    cdp("Emulation.setCPUThrottlingRate", {"rate": 6})
+    time.sleep(0.5)
+    start = time.perf_counter()
+    for i in range(50):
+        x = box["x"] + box["width"] * (0.5 + 0.35 * math.cos(i / 3))
+        y = box["y"] + box["height"] * (0.5 + 0.35 * math.sin(i / 3))
+        kind = "mouseMoved" if i else "mousePressed"
+        event = {"type": kind, "x": x, "y": y, "button": "left", "buttons": 1}
+        cdp("Input.dispatchMouseEvent", event)
+    seconds = time.perf_counter() - start
+    cdp("Input.dispatchMouseEvent", {**event, "type": "mouseReleased"})
+    cdp("Emulation.setCPUThrottlingRate", {"rate": 1})
+    return seconds
+
+
 def page():
     """The page of a mirrored decoder: what takes how long in a browser, or None without one."""
     from conftest import chromium
@@ -270,6 +290,11 @@ def page():
         browser.get(Path(directory, "explore.html").as_uri())
         time.sleep(3)
         longest = browser.execute_script("return Math.max(...tasks)")
+        drawing = moves(browser)
+        empty = Path(directory, "empty.html")
+        empty.write_text("<canvas id=draw width=140 height=140 style='width: 180px'></canvas>")
+        browser.get(empty.as_uri())
+        drawing /= moves(browser)
         browser.quit()
     return {
         "page usable, s": usable,
@@ -277,6 +302,7 @@ def page():
         "a decode, ms": decode,
         "a posterior, ms": posterior,
         "longest pause, ms": longest,
+        "pen / empty canvas": drawing,
     }
 
 
@@ -310,6 +336,7 @@ GOALS = [  # one of the measurements, what it is divided by, the limit
     ("a decode, ms", None, 2),
     ("a posterior, ms", None, 30),
     ("longest pause, ms", None, 100),
+    ("pen / empty canvas", None, 3),
 ]
 
 
