@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 import websocket  # a package that selenium needs
 from conftest import built, chromium, webkit
+from IPython.display import IFrame
 from matplotlib.colors import to_hex, to_rgb
+from processes import ROOT
 from reference import Reference
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.keys import Keys
@@ -669,6 +671,21 @@ def test_page_has_the_size_of_the_images(blank, tmp_path, monkeypatch):
     drawn = np.reshape(blank.run("return [...vae.drawn]"), (16, 16))
     rows = np.flatnonzero(drawn.any(axis=1))
     assert len(rows) == 11 and np.array_equal(blank.pixels("seen"), np.round(255 * drawn))
+
+
+def test_page_works_in_the_frame_that_a_notebook_shows(blank, tmp_path):
+    """By the call that README has; the page's two columns fit into it."""
+    call = re.search(r"`IPython.display.(IFrame\(.*?\))`", (ROOT / "README.md").read_text())[1]
+    name, width, height = re.findall(r'"([^"]+)"|(\d+)', call)
+    frame = IFrame(name[0].replace("outputs", blank.path.parent.name), width[1], height[1])
+    notebook = blank.path.parents[1] / "notebook.html"
+    notebook.write_text(frame._repr_html_())
+    blank.open(notebook, until="frames.length")
+    blank.browser.switch_to.frame(0)
+    blank.wait(f"globalThis.vae && {SETTLED}")
+    assert len(blank.losses()) == 4
+    right, bottom = blank.boxes("#plane, #losses, [name=behind]")[:, 2:].max(axis=0)
+    assert right <= 1100 and bottom <= 800
 
 
 def test_page_is_shown_twice_in_one_document(blank):

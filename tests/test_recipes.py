@@ -287,7 +287,7 @@ def test_own_digit_is_upright_in_the_middle_and_as_likely(
 
 
 @pytest.mark.parametrize(
-    "page", [255 + 0 * NOISE, 235 + 6 * NOISE, 235 * SHADE + 4 * NOISE, 0 * NOISE]
+    "page", [255 + 0 * NOISE, 235 + 12 * NOISE, 235 * SHADE + 4 * NOISE, 0 * NOISE]
 )
 def test_own_digit_says_that_there_is_no_ink(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
