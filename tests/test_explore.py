@@ -286,11 +286,11 @@ def test_picked_images_have_exact_numbers_and_their_sentence(page, network, mnis
         np.testing.assert_allclose(found["p"], p[i].ravel(), atol=1e-3 * p[i].max(), rtol=0)
         assert found["beyond"] == pytest.approx(beyond[i], abs=0.001)
         assert np.all(np.abs(page.losses() - losses[i]) < LOSSES_WITHIN)
-        degree = "covers" if kl[i] < 1 else "misses much of" if kl[i] > 2 else "covers most of"
-        text = "Points that glow could have made this digit. "
-        text += f"The encoder's guess {degree} the glow."
+        degree = "covers" if kl[i] < 1 else "misses many of" if kl[i] > 2 else "covers most of"
+        text = "Points that glow, the posterior, could have made this digit. "
+        text += f"The encoder's guess {degree} them."
         share = round(100 * beyond[i])
-        text += f" {share} % of the glow is off the map." if share else ""
+        text += f" {share} % is off the map." if share else ""
         assert page.text("#say") == text
         assert page.text("figcaption") == "test image encoder sees recon\u00adstruction"
         said.add(degree)
@@ -320,7 +320,7 @@ def test_mouse_finger_and_keys_move_z(page, network, mnist, encoded):
         np.testing.assert_allclose(page.pixels("digit"), 255 * image, atol=0.51)
         label = mnist[1][1][np.sum((encoded[1] - z) ** 2, axis=1).argmin()]
         where = f"({z[0]:.2f}, {z[1]:.2f})"
-        assert page.text("output#z") == f"The digit at z = {where} near images of {label}"
+        assert page.text("output#z") == f"The digit at z = {where} nearest test image: {label}"
     page.touch("Start", "plane", (0.75, 0.9))
     page.touch("Move", "plane", (0.75, 0.8))
     page.touch("End", "plane")
@@ -461,8 +461,8 @@ def test_only_the_main_pointers_left_button_draws(page):
 # ------------------------------------------------------------------------------ what is seen
 def test_marks_are_where_they_belong_and_explained_while_there(page, network, encoded):
     guess, glow = "⊕ the encoder's guess", "● the posterior"
-    assert page.text("#marks") == "○ z ╌╌ the prior"
-    assert page.text("#say").startswith("The decoder draws another digit for each point of the map")
+    assert page.text("#marks") == "○ z ╌╌ the prior, 1 and 2 sigma"
+    assert page.text("#say").startswith("The decoder draws a digit for each point of the map")
     page.do("vae.moveTo([-2.9, -2.9])")  # out of the way
     empty = page.screen()
     x, mu, log_sig_sq = encoded
@@ -470,7 +470,7 @@ def test_marks_are_where_they_belong_and_explained_while_there(page, network, en
     i = np.where(np.all(np.abs(mu) + spread < 2.9, axis=1), spread.min(axis=1), 0).argmax()
     page.do(TAKE, x[i].tolist())
     page.do("vae.moveTo([-2.9, -2.9])")
-    assert page.text("#marks") == f"○ z ╌╌ the prior {guess} {glow}"
+    assert page.text("#marks") == f"○ z ╌╌ the prior, 1 and 2 sigma {guess} {glow}"
     around = np.linspace(0, 2 * np.pi, 180)
     line = mu[i] + spread[i] * np.stack([np.cos(around), np.sin(around)], axis=1)
     columns, rows = np.floor(140 * (line * [1, -1] + 3)).astype(int).T
@@ -484,7 +484,9 @@ def test_marks_are_where_they_belong_and_explained_while_there(page, network, en
     outside = np.where(np.abs(mu[:, 1]) < 2, mu[:, 0], 0).argmax()
     page.do(TAKE, x[outside].tolist())
     page.do("vae.moveTo([-2.9, -2.9])")
-    assert page.text("#marks") == f"○ z ╌╌ the prior {guess} → it is off the map {glow}"
+    assert (
+        page.text("#marks") == f"○ z ╌╌ the prior, 1 and 2 sigma {guess} → it is off the map {glow}"
+    )
     row = round(140 * (3 - mu[outside, 1]))
     arrow = page.screen()[row - 2 : row + 3, 805:832].min(axis=2)
     assert np.mean(arrow.max(axis=0) > 170) > 0.9
@@ -664,9 +666,9 @@ def test_page_has_the_size_of_the_images(blank, tmp_path, monkeypatch):
         blank.open(vae_mnist.explore(model, sess, (images, np.arange(30) % 10), run))
         (picked,) = np.flatnonzero([each.is_selected() for each in blank.find("#shown input")])
         chosen = images[picked // 2 + 10 * (picked % 2)]
-        expected = vae_mnist.evaluate(model, sess, chosen, samples=2000)
+        expected = vae_mnist.evaluate(model, sess, chosen, samples=400)
     for found, name in zip(blank.losses(), ("RecLoss", "KLD", "-ELBO")):
-        assert found == pytest.approx(expected[name][0], abs=0.2)
+        assert found == pytest.approx(expected[name][0], abs=0.5)
     blank.mouse("draw", STROKE)
     drawn = np.reshape(blank.run("return [...vae.drawn]"), (16, 16))
     rows = np.flatnonzero(drawn.any(axis=1))
