@@ -286,15 +286,16 @@ def test_picked_images_have_exact_numbers_and_their_sentence(page, network, mnis
         np.testing.assert_allclose(found["p"], p[i].ravel(), atol=1e-3 * p[i].max(), rtol=0)
         assert found["beyond"] == pytest.approx(beyond[i], abs=0.001)
         assert np.all(np.abs(page.losses() - losses[i]) < LOSSES_WITHIN)
-        degree = "covers" if kl[i] < 1 else "misses many of" if kl[i] > 2 else "covers most of"
-        text = "Points that glow, the posterior, could have made this digit. "
+        degrees = ["covers", "covers most of", "misses many of", "misses"]
+        degree = degrees[np.searchsorted([1, 2, 10], kl[i])]
+        text = "The points that glow, the posterior, most likely made this digit. "
         text += f"The encoder's guess {degree} them."
         share = round(100 * beyond[i])
         text += f" {share} % is off the map." if share else ""
         assert page.text("#say") == text
         assert page.text("figcaption") == "test image encoder sees recon\u00adstruction"
         said.add(degree)
-    assert len(said) == 3
+    assert len(said) == 4
 
 
 def test_scale_compares_the_sum_with_the_test_images(page, network, encoded):
@@ -650,7 +651,7 @@ def test_page_of_images_with_many_labels(blank, network, mnist, tmp_path):
     blank.find("[value=codes]")[0].click()
     assert blank.text("#legend") == " ".join(f"■ {n}" for n in range(30))
     text = blank.text("main")
-    assert "draws an image for each point" in text and "could have made this image" in text
+    assert "draws an image for each point" in text and "most likely made this image" in text
     assert "digit" not in text
 
 
