@@ -34,8 +34,11 @@ TAKE = "vae.setImage(Float32Array.from(arguments[0]))"
 SETTLED = """vae.state.isReady && !vae.state.asked && !vae.state.target && !vae.state.hasNew
     && (!vae.state.image || vae.state.image.losses)"""
 CLEAR = "document.getElementById('clear').click()"
-RESET = """vae.state.pinned = false; vae.moveTo([0, 0]); scrollTo(0, 0);
+RESET = (
+    f"{CLEAR}; "
+    + """vae.state.pinned = false; vae.moveTo([0, 0]); scrollTo(0, 0);
     document.querySelector("[value=manifold]").click(); plane.focus({preventScroll: true})"""
+)
 
 
 class Page:
@@ -161,7 +164,7 @@ def page(blank):
     """That page, opened once for many tests, with nothing at hand."""
     if blank.browser.current_url != blank.path.as_uri():
         blank.open()
-    blank.do(f"{CLEAR}; {RESET}")
+    blank.do(RESET)
     return blank
 
 
@@ -215,7 +218,7 @@ def shown(network, mnist):
 
 
 def pen_ink(strokes, radius):
-    """Return the share of ink in 560 x 560 parts of a square, where a round pen made strokes."""
+    """Return where ink is, in 560 x 560 parts of a square, after strokes of a round pen."""
     middle = (np.arange(560) + 0.5) / 560
     x, y = np.meshgrid(middle, middle)
     ink = np.zeros(x.shape, bool)
@@ -396,7 +399,11 @@ def test_small_drawing_is_as_wide_as_a_large_one(page):
 def test_image_follows_the_pen_ten_times_a_second(page):
     """A line is on the pad at once; what is computed of it comes later, and not once a move."""
     page.run("""globalThis.images = new Set();
-        (function look() { images.add(vae.state.image); requestAnimationFrame(look) })()""")
+        (function look() {
+          if (!images) return; // the test has ended, and the page is used by others
+          images.add(vae.state.image);
+          requestAnimationFrame(look);
+        })()""")
     places = page.places("draw", STROKE)
     start = time.monotonic()
     for i in range(100):
@@ -407,6 +414,7 @@ def test_image_follows_the_pen_ten_times_a_second(page):
     found = page.run(
         "return [images.size, draw.getContext('2d').getImageData(42, 35, 1, 1).data[3]]"
     )
+    page.run("globalThis.images = null")
     page.cdp("Input.dispatchMouseEvent", type="mouseReleased", x=x, y=y, button="left")
     assert found[1] == 255 and 2 <= found[0] <= 3 + 10 * seconds
     page.wait()
@@ -589,7 +597,7 @@ def test_numbers_pen_and_keys_in_webkit(network, shown, tmp_path):
             for (let i = 0; i < 5; i++) vae.posterior(x);
             return (performance.now() - start) / 5"""
         assert min(page.run(script) for _ in range(5)) < 40  # ms
-        page.do(f"{CLEAR}; {RESET}")
+        page.do(RESET)
         pad = page.find("#draw")[0]
         offsets = np.rint((STROKE - 0.5) * pad.size["width"]).astype(int).tolist()
         actions = ActionChains(browser, duration=0)
