@@ -910,7 +910,7 @@ def draw_sheet(axes, model, sess, test, mu, rec_loss):
         reconstructions = np.hstack(model.decode(mu[chosen], sess))
         sheet[top + SIDE : top + 2 * SIDE, :width] = reconstructions
     axes.imshow(sheet, cmap="Greys_r", vmin=0, vmax=1)
-    axes.set(title=f"Images over reconstructions:\nRecLoss {rec_loss:.2f}", anchor="N")
+    axes.set(title=f"Images, each above its\nreconstruction: RecLoss {rec_loss:.2f}", anchor="N")
     axes.set(ylabel="label", xticks=[])
     # A label stands where its images meet their reconstructions.
     places = np.arange(len(classes)) * 2 * SIDE + SIDE - 0.5
@@ -926,7 +926,7 @@ def draw_losses(axes, path):
     iterations, kld, rec_loss = np.loadtxt(rows, delimiter=",", ndmin=2).T
     last = f"KLD {kld[-1]:.2f}, RecLoss {rec_loss[-1]:.2f}"
     axes.set(title=f"Losses of a batch; in iteration {iterations[-1]:,.0f}: {last}")
-    axes.set(xlabel=f"iteration; RecLoss begins at {rec_loss[0]:.2f}")
+    axes.set(xlabel=f"iteration; above the frame, RecLoss begins at {rec_loss[0]:.2f}")
     left = ("RecLoss", rec_loss, "tab:blue", axes)
     right = ("KLD", kld, "tab:red", axes.twinx())
     for name, values, colour, side in (left, right):

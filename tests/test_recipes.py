@@ -124,16 +124,19 @@ def test_walk_goes_from_one_image_to_the_other(workplace, mnist):
 
 
 @pytest.mark.slow
-def test_own_loop_is_seen_in_tensorboard(workplace):
+def test_own_loop_is_seen_in_tensorboard_and_saved(workplace):
     names = follow("Your own loop")
-    (path,) = (workplace / "outputs" / "tensorboard").iterdir()
+    (path,) = (workplace / "outputs" / "own").glob("events*")
     events = list(tf.train.summary_iterator(str(path)))
     (value,) = events[-1].summary.value
-    assert value.tag == "RecLoss" and value.simple_value == pytest.approx(names["rec_loss"])
+    expected = names["kld"] + names["rec_loss"]
+    assert value.tag == "-ELBO" and value.simple_value == pytest.approx(expected)
     graph = next(event.graph_def for event in events if event.graph_def)
     nodes = tf.GraphDef.FromString(graph).node
     parts = {node.name.split("/")[0] for node in nodes if "dense" not in node.name}
     assert parts > {"x", "encoder", "z", "decoder", "rec", "losses", "fast_update"}
+    with vae_mnist.trained("outputs/own") as (model, sess):  # by `restore`
+        assert sess.run(model.iteration) == 500
 
 
 @pytest.mark.parametrize("packed", [".gz", "", "both", "misnamed"])
