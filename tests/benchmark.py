@@ -4,7 +4,7 @@
     python tests/benchmark.py --rounds 3
     python tests/benchmark.py --batch-size 4096
 
-It prints the table that README quotes, and the ratios that the project has set itself as goals.
+It prints the figures that README quotes, and the ratios that the project has set itself as goals.
 Each round runs every row once, in a process of its own, so that a change in the machine's speed
 meets all rows alike. The rows of PyTorch and JAX need the packages torch and jax.
 """
@@ -353,7 +353,7 @@ def measure(row, batch_size):
 
 
 def print_table(title, values):
-    """Print medians and ranges of samples by name, as README has them."""
+    """Print medians and ranges of samples by name."""
     lines = {title: [], "---": [], "median": [], "from, to": []}
     for name, samples in values.items():
         lines[title].append(name)
