@@ -910,7 +910,7 @@ def draw_sheet(axes, model, sess, test, mu, rec_loss):
         reconstructions = np.hstack(model.decode(mu[chosen], sess))
         sheet[top + SIDE : top + 2 * SIDE, :width] = reconstructions
     axes.imshow(sheet, cmap="Greys_r", vmin=0, vmax=1)
-    axes.set(title=f"Images, each above its\nreconstruction: RecLoss {rec_loss:.2f}", anchor="N")
+    axes.set(title=f"Images, reconstructions below:\nRecLoss {rec_loss:.2f}", anchor="N")
     axes.set(ylabel="label", xticks=[])
     # A label stands where its images meet their reconstructions.
     places = np.arange(len(classes)) * 2 * SIDE + SIDE - 0.5
