@@ -75,8 +75,8 @@ class Page:
     def text(self, selector):
         return " ".join(" ".join(each.text for each in self.find(selector)).split())
 
-    def drawn(self):
-        return np.reshape(self.run("return [...vae.drawn]"), (28, 28))
+    def drawn(self, side=28):
+        return np.reshape(self.run("return [...vae.drawn]"), (side, side))
 
     def losses(self):
         return [float(each.text) for each in self.find("#losses b") if each.text]
@@ -259,10 +259,8 @@ def test_page_begins_dark_and_says_how_far_it_is_on_a_slow_machine(blank, shown)
     blank.open(until="globalThis.vae")
     assert not blank.pixels("plane")[784:].any()
     assert re.fullmatch(r"The map is being computed: \d+ %", blank.text("#wait"))
-    assert blank.run("return [vae.state.isReady, vae.posterior(arguments[0])]", x[0].tolist()) == [
-        False,
-        None,
-    ]
+    found = blank.run("return [vae.state.isReady, vae.posterior(arguments[0])]", x[0].tolist())
+    assert found == [False, None]
     blank.slow_down(1)
     blank.wait()
     (picked,) = np.flatnonzero([each.is_selected() for each in blank.find("#shown input")])
@@ -312,6 +310,9 @@ def test_scale_compares_the_sum_with_the_test_images(page, network, encoded):
     shares = 0.25 + (np.array([half, page.losses()[2]]) - low) / (high - low) / 2
     places = page.boxes("#median, #this")[:, 0]
     np.testing.assert_allclose(places, left + shares * (right - left), atol=4)
+    assert page.text("#beside").endswith("┃ this digit")
+    page.do(CLEAR)
+    assert "this digit" not in page.text("#beside")
 
 
 # ------------------------------------------------------------------------------- z and the pen
@@ -679,7 +680,7 @@ def test_page_has_the_size_of_the_images(blank, tmp_path, monkeypatch):
     for found, name in zip(blank.losses(), ("RecLoss", "KLD", "-ELBO")):
         assert found == pytest.approx(expected[name][0], abs=0.5)
     blank.mouse("draw", STROKE)
-    drawn = np.reshape(blank.run("return [...vae.drawn]"), (16, 16))
+    drawn = blank.drawn(side=16)
     rows = np.flatnonzero(drawn.any(axis=1))
     assert len(rows) == 11 and np.array_equal(blank.pixels("seen"), np.round(255 * drawn))
 
