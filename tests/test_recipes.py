@@ -283,6 +283,16 @@ def test_own_digit_is_upright_in_the_middle_and_as_likely(
         assert np.corrcoef(image.ravel(), original)[0, 1] > 0.75, name
 
 
+def test_own_digit_of_a_test_image_is_that_image(tmp_path, monkeypatch, mnist):
+    """Black on white, five times as large: no smoother than the image itself."""
+    monkeypatch.chdir(tmp_path)
+    digit = mnist[1][0][0]
+    ink = np.pad(digit.repeat(5, axis=0).repeat(5, axis=1) / 255, ((30, 30), (60, 40)))
+    save(clean(ink))
+    own = follow("Your own digit")["image"]
+    assert np.corrcoef(own.ravel(), digit.ravel())[0, 1] > 0.9
+
+
 @pytest.mark.parametrize(
     "page", [255 + 0 * NOISE, 235 + 12 * NOISE, 235 * SHADE + 4 * NOISE, 0 * NOISE]
 )
